@@ -1,0 +1,5 @@
+//! Checkpoint and restore of Linux process trees.
+//!
+//! `dump` freezes a tree and writes what the kernel knows of it into an image set; `restore` makes
+//! the tree again. The crate reads no environment, prints nothing and keeps no mutable statics.
+

@@ -1,0 +1,1 @@
+//! OCI hooks, action scripts and notifications.

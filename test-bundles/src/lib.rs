@@ -1,0 +1,1 @@
+//! OCI bundles, workload programs and the end-to-end tests of Ferry.
