@@ -3,3 +3,5 @@
 //! `dump` freezes a tree and writes what the kernel knows of it into an image set; `restore` makes
 //! the tree again. The crate reads no environment, prints nothing and keeps no mutable statics.
 
+pub mod agent;
+pub mod sys;

@@ -1,0 +1,102 @@
+//! `PAGEMAP_SCAN` (Linux 6.7, Documentation/admin-guide/mm/pagemap.rst): which pages a task has, as ranges.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+
+use super::{HostPid, check};
+
+/// The page is written since the last write-protecting scan.
+pub const WRITTEN: u64 = 1 << 1;
+/// The page belongs to a file or to shared memory.
+pub const FILE: u64 = 1 << 2;
+/// The page is in memory.
+pub const PRESENT: u64 = 1 << 3;
+/// The page is swapped out.
+pub const SWAPPED: u64 = 1 << 4;
+/// The page is the shared page of zeros.
+pub const PFNZERO: u64 = 1 << 5;
+/// The page is mapped by a huge entry.
+pub const HUGE: u64 = 1 << 6;
+
+const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+const REGIONS_AT_ONCE: usize = 1024;
+
+/// A range of pages of the same categories.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageRegion {
+    /// First byte.
+    pub start: u64,
+    /// First byte past the range.
+    pub end: u64,
+    /// The categories, of those asked for, that hold for every page.
+    pub categories: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ScanArgument {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// Which pages a scan reports.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wanted {
+    /// Categories that must all hold, after inversion.
+    pub all_of: u64,
+    /// Of these, which must be absent instead.
+    pub inverted: u64,
+    /// Categories of which at least one must hold.
+    pub any_of: u64,
+    /// Categories to report.
+    pub report: u64,
+}
+
+/// An open `/proc/PID/pagemap`.
+pub struct Pagemap(File);
+
+impl Pagemap {
+    /// Opens the page map of `pid`.
+    pub fn open(pid: HostPid) -> std::io::Result<Self> {
+        File::open(format!("/proc/{pid}/pagemap")).map(Self)
+    }
+
+    /// Appends to `regions` the wanted pages of `range`, in address order.
+    pub fn scan(&self, range: Range<u64>, wanted: Wanted, regions: &mut Vec<PageRegion>) -> nix::Result<()> {
+        let mut block = [PageRegion::default(); REGIONS_AT_ONCE];
+        let mut start = range.start;
+        while start < range.end {
+            let mut argument = ScanArgument {
+                size: size_of::<ScanArgument>() as u64,
+                start,
+                end: range.end,
+                vec: block.as_mut_ptr() as u64,
+                vec_len: block.len() as u64,
+                category_inverted: wanted.inverted,
+                category_mask: wanted.all_of,
+                category_anyof_mask: wanted.any_of,
+                return_mask: wanted.report,
+                ..ScanArgument::default()
+            };
+            // SAFETY: the argument has the size it says, and `vec` covers `block`, which outlives the call.
+            let found =
+                check(i64::from(unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) }))? as usize;
+            regions.extend_from_slice(&block[..found]);
+            start = argument.walk_end;
+        }
+        Ok(())
+    }
+}

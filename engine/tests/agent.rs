@@ -1,0 +1,119 @@
+//! The agent in a real process: what it runs, and that it leaves no trace.
+
+use std::process::{Child, Command, Stdio};
+
+use ferry_engine::agent::NODE;
+use ferry_engine::agent::inject::{Context, Injected, find_syscall_instruction};
+use ferry_engine::sys::robust::RobustList;
+use ferry_engine::sys::{HostPid, ptrace};
+
+struct Sleeper(Child);
+
+impl Sleeper {
+    fn start() -> (Self, HostPid) {
+        let child = Command::new("sleep").arg("1000").stdout(Stdio::null()).spawn().expect("sleep starts");
+        let pid = HostPid(child.id() as i32);
+        // The child has become `sleep` when its vdso and executable are in place and it sleeps.
+        while !std::fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default().contains("nanosleep") {
+            std::thread::yield_now();
+        }
+        (Self(child), pid)
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn maps(pid: HostPid) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps are readable")
+}
+
+fn vdso(pid: HostPid) -> std::ops::Range<u64> {
+    let maps = maps(pid);
+    let line = maps.lines().find(|line| line.ends_with("[vdso]")).expect("a vdso");
+    let (start, end) = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
+    u64::from_str_radix(start, 16).expect("hex")..u64::from_str_radix(end, 16).expect("hex")
+}
+
+#[test]
+fn runs_a_batch_and_leaves_no_trace() {
+    let (_sleeper, pid) = Sleeper::start();
+    let maps_before = maps(pid);
+    ptrace::seize(pid, 0).expect("seize");
+    ptrace::interrupt(pid).expect("interrupt");
+    assert_eq!(ptrace::wait_stop(pid), Ok(ptrace::Stop::Interrupted));
+    let context = Context::collect(pid).expect("context");
+    let at = find_syscall_instruction(pid, [vdso(pid)]).expect("a syscall instruction");
+    let mut list = RobustList::install(NODE).expect("robust list");
+    let injected = Injected::new(pid, &context, at, 0, &mut list).expect("inject");
+
+    let mut batch = injected.leader().batch();
+    let getpid = batch.call(libc::SYS_getpid, &[]);
+    let text = batch.path("/proc/self/status");
+    let out = batch.space(16);
+    let open = batch.must(libc::SYS_openat, &[libc::AT_FDCWD as u64, text.0, libc::O_RDONLY as u64]);
+    let read = batch.must(libc::SYS_read, &[0, out.addr.0, 16]);
+    let close = batch.must(libc::SYS_close, &[0]);
+    batch.pass(open, read, 0);
+    let answers = batch.run().expect("batch");
+    assert_eq!(answers.result(getpid), Ok(pid.0 as u64));
+    assert_eq!(answers.bytes(out), b"Name:\tsleep\nUmas");
+    assert_eq!(answers.result(close), Ok(0), "the standard input was closed, as asked");
+
+    // An error ends the batch at a call that must succeed.
+    let mut batch = injected.leader().batch();
+    let bad = batch.must(libc::SYS_close, &[12345]);
+    let never = batch.call(libc::SYS_getpid, &[]);
+    let answers = batch.run().expect("batch");
+    assert_eq!(answers.result(bad), Err(nix::errno::Errno::EBADF));
+    assert_eq!(answers.result(never), Err(nix::errno::Errno::ECANCELED));
+
+    injected.leave().expect("leave");
+    list.clear();
+    let after = Context::collect(pid).expect("context");
+    assert_eq!(
+        (after.registers.rip, after.registers.rsp, after.registers.orig_rax, after.mask),
+        (context.registers.rip, context.registers.rsp, context.registers.orig_rax, context.mask)
+    );
+    assert_eq!(after.xstate, context.xstate);
+    ptrace::detach(pid, 0).expect("detach");
+    assert_eq!(maps(pid), maps_before);
+    let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
+    assert!(state.contains(") S ") || state.contains(") R "), "{state}");
+}
+
+#[test]
+fn the_task_runs_on_when_the_tracing_thread_dies() {
+    let (_sleeper, pid) = Sleeper::start();
+    // The thread ends while the runner waits for work; the kernel wakes the runner through the robust list.
+    std::thread::spawn(move || {
+        ptrace::seize(pid, 0).expect("seize");
+        ptrace::interrupt(pid).expect("interrupt");
+        ptrace::wait_stop(pid).expect("stop");
+        let context = Context::collect(pid).expect("context");
+        let at = find_syscall_instruction(pid, [vdso(pid)]).expect("a syscall instruction");
+        let mut list = RobustList::install(NODE).expect("robust list");
+        let injected = Injected::new(pid, &context, at, 0, &mut list).expect("inject");
+        injected.leader().call(libc::SYS_getpid, &[]).expect("a call");
+        // Neither the list nor the area is put right: as if ferry had been killed.
+        std::mem::forget((list, injected));
+    })
+    .join()
+    .expect("the thread");
+    // Back in its nanosleep, which the frame starts again.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    loop {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the task lives");
+        let wchan = std::fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
+        if stat.contains(") S ") && wchan.contains("nanosleep") {
+            break;
+        }
+        assert!(!stat.contains(") Z "), "the task died: {stat}");
+        assert!(std::time::Instant::now() < deadline, "the task does not run on: {stat} {wchan}");
+        std::thread::yield_now();
+    }
+}
