@@ -4,4 +4,5 @@
 //! the tree again. The crate reads no environment, prints nothing and keeps no mutable statics.
 
 pub mod agent;
+pub mod images;
 pub mod sys;
