@@ -4,5 +4,8 @@
 //! the tree again. The crate reads no environment, prints nothing and keeps no mutable statics.
 
 pub mod agent;
+pub mod error;
+pub mod freeze;
 pub mod images;
+pub mod procfs;
 pub mod sys;

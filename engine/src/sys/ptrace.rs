@@ -111,6 +111,21 @@ pub fn wait_stop(tid: HostPid) -> nix::Result<Stop> {
     }
 }
 
+/// Waits until an interrupted thread stands in the stop that was asked for; signals that come before it are delivered.
+///
+/// # Errors
+/// `ESRCH` when the thread died instead.
+pub fn wait_interrupted(tid: HostPid) -> nix::Result<Stop> {
+    loop {
+        match wait_stop(tid)? {
+            // The signal is off its queue: let the thread set up its handler, or take its action. The interrupt is still
+            // pending and stops it before its next instruction.
+            Stop::Signal(signal) => request(libc::PTRACE_CONT as _, tid, 0, signal as usize)?,
+            stop => return Ok(stop),
+        };
+    }
+}
+
 /// The thread's general registers.
 pub fn registers(tid: HostPid) -> nix::Result<libc::user_regs_struct> {
     let mut registers = MaybeUninit::<libc::user_regs_struct>::uninit();

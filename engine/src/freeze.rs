@@ -1,0 +1,324 @@
+//! Stopping a process tree, and letting it go again.
+//!
+//! Every thread is seized and interrupted (ptrace(2)), process by process from the root down. A process whose threads
+//! are all stopped makes no more children, so its list of children is final, but for orphans that it may still adopt
+//! from tasks that run; hence the walk is repeated until it finds nothing new.
+//!
+//! Whatever happens, the tasks run on: dropping the tree detaches from every thread, and the kernel does the same if
+//! ferry dies.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use crate::agent::AgentError;
+use crate::agent::inject::Context;
+use crate::procfs::{self, Stat};
+use crate::sys::HostPid;
+use crate::sys::ptrace::{self, Stop};
+
+/// Why a tree could not be stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// There is no such process.
+    #[error("there is no process {pid}")]
+    NoProcess {
+        /// The root asked for.
+        pid: HostPid,
+    },
+    /// The root has exited and waits to be reaped.
+    #[error("process {pid} ({comm}) has exited already: it is a zombie")]
+    RootIsZombie {
+        /// The root asked for.
+        pid: HostPid,
+        /// Its name.
+        comm: String,
+    },
+    /// A debugger or another dump has it.
+    #[error("process {pid} ({comm}) is traced by process {tracer}: end that debugger or dump first")]
+    Traced {
+        /// The traced process.
+        pid: HostPid,
+        /// Its name.
+        comm: String,
+        /// The one that traces it.
+        tracer: i32,
+    },
+    /// The kernel refuses to trace it.
+    #[error("process {pid} ({comm}) cannot be traced: {errno}: run ferry as root, or with CAP_SYS_PTRACE")]
+    NotPermitted {
+        /// The process.
+        pid: HostPid,
+        /// Its name.
+        comm: String,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+    /// New tasks appear faster than they can be stopped.
+    #[error("after {after:?}, process {root} still makes new tasks; {stopped} are stopped: give a cgroup to freeze")]
+    Unstable {
+        /// The root.
+        root: HostPid,
+        /// How long it was tried.
+        after: Duration,
+        /// How many processes were stopped.
+        stopped: usize,
+    },
+    /// A stopped thread did not give its registers.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+}
+
+/// A thread in a ptrace stop.
+pub struct StoppedThread {
+    /// Its id.
+    pub tid: HostPid,
+    /// How it was found.
+    pub stop: Stop,
+    /// What it was about to do.
+    pub context: Context,
+}
+
+/// A process of a stopped tree.
+pub struct StoppedProcess {
+    /// Its id.
+    pub pid: HostPid,
+    /// The parent's, as ferry numbers it; for the root it may lie outside the tree.
+    pub parent: HostPid,
+    /// `/proc/PID/stat`, read when it was stopped.
+    pub stat: Stat,
+    /// Its threads, the leader first; none for a zombie.
+    pub threads: Vec<StoppedThread>,
+}
+
+impl StoppedProcess {
+    /// Whether it has exited and waits for its parent.
+    pub fn is_zombie(&self) -> bool {
+        self.threads.is_empty()
+    }
+}
+
+/// A tree whose every task is stopped; parents come before their children. Dropping it lets all go on.
+pub struct StoppedTree {
+    /// The processes, the root first.
+    pub processes: Vec<StoppedProcess>,
+}
+
+impl StoppedTree {
+    /// Stops the tree below `root`.
+    ///
+    /// On an error everything that was stopped runs on.
+    pub fn stop(root: HostPid, deadline: Duration) -> Result<Self, FreezeError> {
+        let start = Instant::now();
+        let mut walk = Walk { seized: Seized::default(), found: HashMap::new(), order: Vec::new() };
+        let stat = Stat::read(root).map_err(|_| FreezeError::NoProcess { pid: root })?;
+        if stat.state == 'Z' {
+            return Err(FreezeError::RootIsZombie { pid: root, comm: stat.comm });
+        }
+        walk.stop_process(root, HostPid(stat.parent))?;
+        if walk.order.is_empty() {
+            return Err(FreezeError::NoProcess { pid: root });
+        }
+        while walk.pass()? {
+            if start.elapsed() > deadline {
+                let stopped = walk.order.len();
+                return Err(FreezeError::Unstable { root, after: deadline, stopped });
+            }
+        }
+        walk.finish()
+    }
+
+    /// The root process.
+    pub fn root(&self) -> &StoppedProcess {
+        &self.processes[0]
+    }
+
+    /// Lets every thread go on; those in a job-control stop return to it.
+    pub fn release(self) {
+        drop(self);
+    }
+}
+
+impl Drop for StoppedTree {
+    fn drop(&mut self) {
+        for thread in self.processes.iter().flat_map(|process| &process.threads) {
+            // A thread that died meanwhile needs no detaching.
+            let _ = ptrace::detach(thread.tid, 0);
+        }
+    }
+}
+
+/// Threads that are seized, until a [`StoppedTree`] takes them over.
+#[derive(Default)]
+struct Seized {
+    stops: HashMap<HostPid, Stop>,
+    owned: bool,
+}
+
+impl Drop for Seized {
+    fn drop(&mut self) {
+        if !self.owned {
+            for tid in self.stops.keys() {
+                let _ = ptrace::detach(*tid, 0);
+            }
+        }
+    }
+}
+
+struct Found {
+    parent: HostPid,
+    threads: Vec<HostPid>,
+    zombie: Option<Stat>,
+}
+
+struct Walk {
+    seized: Seized,
+    found: HashMap<HostPid, Found>,
+    order: Vec<HostPid>,
+}
+
+impl Walk {
+    /// Looks at every process found so far for new threads and children; tells whether there were any.
+    fn pass(&mut self) -> Result<bool, FreezeError> {
+        let mut news = false;
+        let mut index = 0;
+        while let Some(&pid) = self.order.get(index) {
+            index += 1;
+            if self.found[&pid].zombie.is_some() {
+                continue;
+            }
+            news |= self.stop_threads(pid)?;
+            let mut children = Vec::new();
+            for tid in &self.found[&pid].threads {
+                children.extend(procfs::children(pid, *tid).unwrap_or_default());
+            }
+            for child in children {
+                if !self.found.contains_key(&child) {
+                    self.stop_process(child, pid)?;
+                    news |= self.found.contains_key(&child);
+                }
+            }
+        }
+        Ok(news)
+    }
+
+    fn stop_process(&mut self, pid: HostPid, parent: HostPid) -> Result<(), FreezeError> {
+        let Ok(stat) = Stat::read(pid) else { return Ok(()) };
+        let zombie = (stat.state == 'Z').then_some(stat);
+        let alive = zombie.is_none();
+        self.found.insert(pid, Found { parent, threads: Vec::new(), zombie });
+        self.order.push(pid);
+        if alive {
+            self.stop_threads(pid)?;
+        }
+        Ok(())
+    }
+
+    /// Stops threads of `pid` until no new one appears; tells whether there was any.
+    fn stop_threads(&mut self, pid: HostPid) -> Result<bool, FreezeError> {
+        let mut news = false;
+        loop {
+            let known: HashSet<HostPid> = self.found[&pid].threads.iter().copied().collect();
+            let listed = procfs::threads(pid).unwrap_or_default();
+            let new: Vec<HostPid> = listed.into_iter().filter(|tid| !known.contains(tid)).collect();
+            if new.is_empty() {
+                break;
+            }
+            let stopped = self.stop_new(pid, &new)?;
+            if stopped.is_empty() {
+                // Only threads that are exiting; and if even the leader is, the process has become a zombie.
+                self.note_exit(pid);
+                break;
+            }
+            news = true;
+            if let Some(found) = self.found.get_mut(&pid) {
+                found.threads.extend(stopped);
+            }
+        }
+        Ok(news)
+    }
+
+    fn note_exit(&mut self, pid: HostPid) {
+        let Some(found) = self.found.get_mut(&pid) else { return };
+        if found.threads.is_empty() {
+            match Stat::read(pid) {
+                Ok(stat) if stat.state == 'Z' => found.zombie = Some(stat),
+                _ => {
+                    self.found.remove(&pid);
+                    self.order.retain(|other| *other != pid);
+                }
+            }
+        }
+    }
+
+    fn stop_new(&mut self, pid: HostPid, new: &[HostPid]) -> Result<Vec<HostPid>, FreezeError> {
+        let mut seized = Vec::with_capacity(new.len());
+        for &tid in new {
+            match seize(tid) {
+                Ok(()) => {
+                    // From here on the thread is detached on any error.
+                    self.seized.stops.insert(tid, Stop::Interrupted);
+                    ptrace::interrupt(tid).ok();
+                    seized.push(tid);
+                }
+                Err(Errno::ESRCH) => {}
+                Err(errno) => {
+                    if let Some(error) = explain_refusal(pid, tid, errno) {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        let mut stopped = Vec::with_capacity(seized.len());
+        for tid in seized {
+            match ptrace::wait_interrupted(tid) {
+                Ok(stop) => {
+                    self.seized.stops.insert(tid, stop);
+                    stopped.push(tid);
+                }
+                Err(_) => drop(self.seized.stops.remove(&tid)),
+            }
+        }
+        Ok(stopped)
+    }
+
+    fn finish(mut self) -> Result<StoppedTree, FreezeError> {
+        let mut processes = Vec::with_capacity(self.order.len());
+        for &pid in &self.order {
+            let Some(found) = self.found.remove(&pid) else { continue };
+            let Some(stat) = found.zombie.or_else(|| Stat::read(pid).ok()) else { continue };
+            let mut threads = Vec::with_capacity(found.threads.len());
+            for tid in found.threads {
+                let stop = self.seized.stops.get(&tid).copied().unwrap_or(Stop::Interrupted);
+                threads.push(StoppedThread { tid, stop, context: Context::collect(tid)? });
+            }
+            threads.sort_by_key(|thread| thread.tid != pid);
+            processes.push(StoppedProcess { pid, parent: found.parent, stat, threads });
+        }
+        self.seized.owned = true;
+        Ok(StoppedTree { processes })
+    }
+}
+
+fn seize(tid: HostPid) -> nix::Result<()> {
+    // Filters must not see the agent's calls. Where ferry itself is filtered the option is refused: then try without.
+    match ptrace::seize(tid, ptrace::OPTION_SUSPEND_SECCOMP) {
+        Err(Errno::EPERM) => ptrace::seize(tid, 0),
+        result => result,
+    }
+}
+
+/// Why a thread could not be seized; none when it is merely on its way out.
+fn explain_refusal(pid: HostPid, tid: HostPid, errno: Errno) -> Option<FreezeError> {
+    let stat = Stat::read(tid).ok()?;
+    if matches!(stat.state, 'Z' | 'X') {
+        return None;
+    }
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:\t")).and_then(|pid| pid.parse().ok());
+    Some(match tracer {
+        Some(tracer) if tracer != 0 => FreezeError::Traced { pid, comm: stat.comm, tracer },
+        _ => FreezeError::NotPermitted { pid, comm: stat.comm, errno },
+    })
+}

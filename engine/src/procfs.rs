@@ -1,0 +1,172 @@
+//! The two files of proc(5) that describe a task as a whole: `stat` and `status`.
+
+use std::fs;
+use std::io;
+
+use crate::sys::{HostPid, NsPid};
+
+/// What `/proc/PID/stat` says (proc_pid_stat(5)).
+#[derive(Clone, Debug, Default)]
+pub struct Stat {
+    /// The name, at most 15 bytes.
+    pub comm: String,
+    /// One letter, `R` to `Z`.
+    pub state: char,
+    /// The parent, in ferry's pid namespace; 0 when it is outside.
+    pub parent: i32,
+    /// `PF_*` flags of the kernel.
+    pub flags: u64,
+    /// When it started, in clock ticks since boot.
+    pub start_time: u64,
+    /// Bounds of the address space, as `PR_SET_MM_MAP` takes them; zero for a zombie.
+    pub bounds: MemoryBounds,
+    /// Wait status that its parent will see.
+    pub exit_code: i32,
+}
+
+/// Where the parts of a program lie in its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are the kernel's")]
+pub struct MemoryBounds {
+    pub start_code: u64,
+    pub end_code: u64,
+    pub start_stack: u64,
+    pub start_data: u64,
+    pub end_data: u64,
+    pub start_brk: u64,
+    pub arg_start: u64,
+    pub arg_end: u64,
+    pub env_start: u64,
+    pub env_end: u64,
+}
+
+impl Stat {
+    /// Reads the file of a process, or of one of its threads by its own id.
+    ///
+    /// # Errors
+    /// Those of reading; `InvalidData` when the kernel writes something else.
+    pub fn read(pid: HostPid) -> io::Result<Self> {
+        let text = fs::read(format!("/proc/{pid}/stat"))?;
+        Self::parse(&String::from_utf8_lossy(&text)).ok_or_else(|| malformed(pid, "stat"))
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        // The name may itself contain parentheses and spaces: the last closing one ends it.
+        let (head, tail) = text.trim_end().rsplit_once(") ")?;
+        let comm = head.split_once(" (")?.1.to_owned();
+        let fields: Vec<&str> = tail.split(' ').collect();
+        // Field N of the manual page is at N - 3 here.
+        let number = |field: usize| -> Option<u64> { fields.get(field - 3)?.parse().ok() };
+        let signed = |field: usize| -> Option<i32> { fields.get(field - 3)?.parse().ok() };
+        Some(Self {
+            comm,
+            state: fields.first()?.chars().next()?,
+            parent: signed(4)?,
+            flags: number(9)?,
+            start_time: number(22)?,
+            bounds: MemoryBounds {
+                start_code: number(26)?,
+                end_code: number(27)?,
+                start_stack: number(28)?,
+                start_data: number(45)?,
+                end_data: number(46)?,
+                start_brk: number(47)?,
+                arg_start: number(48)?,
+                arg_end: number(49)?,
+                env_start: number(50)?,
+                env_end: number(51)?,
+            },
+            exit_code: signed(52)?,
+        })
+    }
+}
+
+/// What `/proc/PID/status` says of a process's ids (proc_pid_status(5)), each innermost namespace last.
+#[derive(Clone, Debug, Default)]
+pub struct Ids {
+    /// Process id at every level from ferry's namespace inwards.
+    pub pid: Vec<i32>,
+    /// Process group, likewise; a 0 is a group led from outside that level.
+    pub group: Vec<i32>,
+    /// Session, likewise.
+    pub session: Vec<i32>,
+    /// File mode creation mask.
+    pub umask: u32,
+}
+
+impl Ids {
+    /// Reads the file of a process or thread.
+    ///
+    /// # Errors
+    /// Those of reading; `InvalidData` when the kernel writes something else.
+    pub fn read(pid: HostPid) -> io::Result<Self> {
+        let text = fs::read(format!("/proc/{pid}/status"))?;
+        let text = String::from_utf8_lossy(&text);
+        let mut ids = Self::default();
+        for line in text.lines() {
+            let Some((key, value)) = line.split_once(":\t") else { continue };
+            let numbers = || value.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect();
+            match key {
+                "Umask" => ids.umask = u32::from_str_radix(value, 8).map_err(|_| malformed(pid, "status"))?,
+                "NSpid" => ids.pid = numbers(),
+                "NSpgid" => ids.group = numbers(),
+                "NSsid" => ids.session = numbers(),
+                _ => {}
+            }
+        }
+        if ids.pid.is_empty() { Err(malformed(pid, "status")) } else { Ok(ids) }
+    }
+
+    /// The process id in its innermost namespace.
+    pub fn innermost(&self) -> NsPid {
+        NsPid(self.pid.last().copied().unwrap_or(0))
+    }
+}
+
+/// The threads of a process, leader included, as ferry numbers them.
+///
+/// # Errors
+/// Those of reading the directory: the process may be gone.
+pub fn threads(pid: HostPid) -> io::Result<Vec<HostPid>> {
+    let mut threads = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        if let Some(tid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) {
+            threads.push(HostPid(tid));
+        }
+    }
+    Ok(threads)
+}
+
+/// The children that one thread has made or adopted.
+///
+/// # Errors
+/// Those of reading: the thread may be gone.
+pub fn children(pid: HostPid, tid: HostPid) -> io::Result<Vec<HostPid>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children"))?;
+    Ok(text.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(HostPid).collect())
+}
+
+fn malformed(pid: HostPid, file: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/{file} is not as proc(5) says"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_may_look_like_the_rest_of_the_line() {
+        let numbers: Vec<String> = (4..=52).map(|field| field.to_string()).collect();
+        let stat = Stat::parse(&format!("7 (a) R (b) c) T {}\n", numbers.join(" "))).expect("parses");
+        assert_eq!((stat.comm.as_str(), stat.state, stat.parent), ("a) R (b) c", 'T', 4));
+        assert_eq!((stat.bounds.env_end, stat.exit_code), (51, 52));
+    }
+
+    #[test]
+    fn reads_this_process() {
+        let me = HostPid(std::process::id() as i32);
+        assert_eq!(Ids::read(me).expect("status").pid[0], me.0);
+        assert!(threads(me).expect("task").contains(&me));
+        assert!(Stat::read(me).expect("stat").bounds.start_stack > 0);
+    }
+}
