@@ -1,0 +1,181 @@
+//! The image folder: one regular file an image, flat, as CRIU and containerd expect it.
+//!
+//! The folder is used through a descriptor, so that renaming its parents meanwhile does no harm. An image of the same name
+//! that is there already is replaced by a new file, never written through, whatever it is linked to. An old `ferry.json` is
+//! removed with the first image and the new one appears last and whole (`rename(2)`).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::content::Content;
+use super::digest::{CHUNK, ChunkDigester, ChunkDigests, chunk_count, chunk_length};
+use super::manifest::{MANIFEST_NAME, Manifest};
+use super::sink::{Ledger, Sink, SinkError, chunked_digest, record_digest};
+
+/// How a folder is written.
+#[derive(Clone, Copy, Debug)]
+pub struct FolderOptions {
+    /// Wait until the images have reached the disk, each and at last the folder. Off, a crash of the machine soon after the
+    /// dump may lose them.
+    pub fsync: bool,
+    /// Most threads that copy one large image, from 1 to 4.
+    pub threads: usize,
+}
+
+impl Default for FolderOptions {
+    fn default() -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { fsync: false, threads: processors.clamp(1, 4) }
+    }
+}
+
+/// Writes an image set into a folder. Dropped before it is finished, it removes the images that it wrote.
+pub struct FolderSink {
+    folder: OwnedFd,
+    options: FolderOptions,
+    ledger: Ledger,
+    /// Names of files made by this sink while the set is incomplete.
+    made: Vec<String>,
+}
+
+/// Content of less than this is not worth a thread.
+const SMALL: u64 = 8 * CHUNK;
+/// The manifest until it is whole. Not a name that an image may have.
+const UNFINISHED: &str = ".ferry.json.new";
+
+impl FolderSink {
+    /// Uses the folder at `path`, which must exist.
+    ///
+    /// # Errors
+    /// [`SinkError::Folder`] if it is not a folder that can be opened and written to.
+    pub fn open(path: &Path, options: FolderOptions) -> Result<Self, SinkError> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty())
+            .map(|folder| Self::new(folder, options))
+            .map_err(|source| SinkError::Folder { path: path.display().to_string(), source: source.into() })
+    }
+
+    /// Uses an open folder. Nothing in it is changed before the first image is written.
+    pub fn new(folder: OwnedFd, options: FolderOptions) -> Self {
+        Self { folder, options, ledger: Ledger::default(), made: Vec::new() }
+    }
+
+    fn create(&mut self, name: &str) -> Result<File, SinkError> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        if self.made.is_empty() {
+            remove(&self.folder, MANIFEST_NAME).map_err(|source| write_error(MANIFEST_NAME, source.into()))?;
+        }
+        let file = remove(&self.folder, name)
+            .and_then(|()| rustix::fs::openat(&self.folder, name, flags, Mode::RUSR | Mode::WUSR))
+            .map_err(|source| SinkError::Create { name: name.to_owned(), source: source.into() })?;
+        self.made.push(name.to_owned());
+        Ok(File::from(file))
+    }
+
+    fn write(&mut self, name: &str, content: &[u8]) -> Result<(), SinkError> {
+        let file = self.create(name)?;
+        file.write_all_at(content, 0).and_then(|()| self.sync(&file)).map_err(|source| write_error(name, source))
+    }
+
+    fn sync(&self, file: impl AsFd) -> io::Result<()> {
+        if self.options.fsync { rustix::fs::fsync(file).map_err(Into::into) } else { Ok(()) }
+    }
+}
+
+fn write_error(name: &str, source: io::Error) -> SinkError {
+    SinkError::Write { name: name.to_owned(), source }
+}
+
+fn remove(folder: &OwnedFd, name: &str) -> Result<(), Errno> {
+    match rustix::fs::unlinkat(folder, name, AtFlags::empty()) {
+        Err(Errno::NOENT) => Ok(()),
+        other => other,
+    }
+}
+
+impl Sink for FolderSink {
+    fn put(&mut self, name: &str, content: &[u8]) -> Result<(), SinkError> {
+        self.ledger.admit(name)?;
+        self.write(name, content)?;
+        self.ledger.note(name, record_digest(content));
+        Ok(())
+    }
+
+    fn put_raw(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError> {
+        self.ledger.admit(name)?;
+        let file = self.create(name)?;
+        let threads = if content.len() < SMALL { 1 } else { self.options.threads.clamp(1, 4) };
+        let digests = copy_chunks(name, content, &file, threads)?;
+        self.sync(&file).map_err(|source| write_error(name, source))?;
+        self.ledger.note(name, chunked_digest(content.len(), digests));
+        Ok(())
+    }
+
+    fn finish(&mut self, manifest: Manifest) -> Result<Manifest, SinkError> {
+        let (manifest, bytes) = self.ledger.close(manifest)?;
+        self.write(UNFINISHED, &bytes)?;
+        rustix::fs::renameat(&self.folder, UNFINISHED, &self.folder, MANIFEST_NAME)
+            .map_err(io::Error::from)
+            .and_then(|()| self.sync(&self.folder))
+            .map_err(|source| write_error(MANIFEST_NAME, source))?;
+        self.made.clear();
+        Ok(manifest)
+    }
+}
+
+impl Drop for FolderSink {
+    fn drop(&mut self) {
+        for name in self.made.drain(..) {
+            if let Err(error) = remove(&self.folder, &name) {
+                tracing::warn!(image = name, %error, "an image of the failed dump stays behind");
+            }
+        }
+    }
+}
+
+/// Copies `content` into `file` chunk by chunk, and digests each chunk while it is in the cache. The threads take the next chunk
+/// that nobody has.
+fn copy_chunks(name: &str, content: &dyn Content, file: &File, threads: usize) -> Result<ChunkDigests, SinkError> {
+    let length = content.len();
+    file.set_len(length).map_err(|source| write_error(name, source))?;
+    let digester = ChunkDigester::new(length);
+    let next = AtomicU64::new(0);
+    let failed = AtomicBool::new(false);
+    let copy = || {
+        let mut buffer = vec![0; chunk_length(length, 0)];
+        while !failed.load(Ordering::Relaxed) {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= chunk_count(length) {
+                break;
+            }
+            let offset = index * CHUNK;
+            let chunk = &mut buffer[..chunk_length(length, index)];
+            let copied = content
+                .read_at(offset, chunk)
+                .map_err(|source| SinkError::Content { name: name.to_owned(), offset, source })
+                .and_then(|()| file.write_all_at(chunk, offset).map_err(|source| write_error(name, source)));
+            if copied.is_err() {
+                failed.store(true, Ordering::Relaxed);
+                return copied;
+            }
+            digester.record(index, chunk);
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(copy)).collect();
+        let results = std::iter::once(copy()).chain(others.into_iter().map(|other| match other.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }));
+        results.collect::<Vec<_>>().into_iter().collect::<Result<(), _>>()
+    })?;
+    Ok(digester.finish())
+}

@@ -1,0 +1,116 @@
+//! Where an image set goes: the trait that a dump writes to, and what its implementations share.
+//!
+//! Invariants: names are flat; each image is written once; the manifest is written last, and lists every image with its digest.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use super::content::Content;
+use super::digest::{ChunkDigests, sha256};
+use super::manifest::{Digest, ImageDigest, Manifest, ManifestError};
+
+/// Takes the images of one dump.
+///
+/// Dropped before [`Sink::finish`], a sink leaves nothing that could be taken for a complete set.
+pub trait Sink: Send {
+    /// Writes an image that is in memory.
+    ///
+    /// # Errors
+    /// [`SinkError`]; the sink is then of no further use.
+    fn put(&mut self, name: &str, content: &[u8]) -> Result<(), SinkError>;
+
+    /// Writes an image that is read as it is written, perhaps by several threads.
+    ///
+    /// # Errors
+    /// [`SinkError`]; the sink is then of no further use.
+    fn put_raw(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError>;
+
+    /// Completes the set: fills the digests into `manifest`, writes it, and returns it. No image can be written after.
+    ///
+    /// # Errors
+    /// [`SinkError`].
+    fn finish(&mut self, manifest: Manifest) -> Result<Manifest, SinkError>;
+}
+
+/// Why an image could not be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the fields are what the sentences name")]
+pub enum SinkError {
+    /// The image folder cannot be used.
+    #[error("cannot use the image folder {path}: {source}")]
+    Folder { path: String, source: io::Error },
+    /// Not a flat name that every sink can hold.
+    #[error("{name:?} cannot be the name of an image")]
+    Name { name: String },
+    /// The dump wrote one image twice.
+    #[error("image {name} was written twice")]
+    Duplicate { name: String },
+    /// The set was complete already.
+    #[error("image {name} was written after the image set was complete")]
+    Finished { name: String },
+    /// The file cannot be made.
+    #[error("cannot create image {name}: {source}")]
+    Create { name: String, source: io::Error },
+    /// The target does not take the bytes.
+    #[error("cannot write image {name}: {source}")]
+    Write { name: String, source: io::Error },
+    /// The content is not to be had.
+    #[error("cannot read what is to go into image {name}, at offset {offset}: {source}")]
+    Content { name: String, offset: u64, source: io::Error },
+    /// The manifest cannot be written as JSON.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+}
+
+/// Whether `name` can be an image's: one path component of at most 88 bytes (a tar header holds 100, folder included), not hidden.
+pub fn is_flat_name(name: &str) -> bool {
+    (1..=88).contains(&name.len()) && !name.starts_with('.') && !name.bytes().any(|byte| byte == b'/' || byte == 0)
+}
+
+/// What has been written so far.
+#[derive(Default)]
+pub(super) struct Ledger {
+    pub(super) images: BTreeMap<String, ImageDigest>,
+    finished: bool,
+}
+
+impl Ledger {
+    /// Checks that an image of this name may be written now.
+    pub(super) fn admit(&self, name: &str) -> Result<(), SinkError> {
+        let name = name.to_owned();
+        if !is_flat_name(&name) {
+            Err(SinkError::Name { name })
+        } else if self.finished {
+            Err(SinkError::Finished { name })
+        } else if self.images.contains_key(&name) {
+            Err(SinkError::Duplicate { name })
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Notes an image that is written.
+    pub(super) fn note(&mut self, name: &str, digest: ImageDigest) {
+        self.images.insert(name.to_owned(), digest);
+    }
+
+    /// Puts the digests into the manifest and refuses images from now on.
+    pub(super) fn close(&mut self, mut manifest: Manifest) -> Result<(Manifest, Vec<u8>), SinkError> {
+        self.admit(super::manifest::MANIFEST_NAME)?;
+        self.finished = true;
+        manifest.images = std::mem::take(&mut self.images);
+        let bytes = manifest.to_bytes()?;
+        Ok((manifest, bytes))
+    }
+}
+
+/// Length and digest of a record image.
+pub(super) fn record_digest(content: &[u8]) -> ImageDigest {
+    ImageDigest { length: content.len() as u64, digest: Digest::Sha256(sha256(content)) }
+}
+
+/// Length and digest of plain content.
+pub(super) fn chunked_digest(length: u64, digests: ChunkDigests) -> ImageDigest {
+    ImageDigest { length, digest: Digest::Chunks(digests) }
+}
