@@ -1,3 +1,45 @@
-//! The `ferry` command.
+//! The `ferry` command: one binary, two faces.
+//!
+//! Called as `criu`, or as `ferry criu …`, it speaks CRIU's command line (`criu`); otherwise it is an OCI
+//! runtime (`cli`), if it was built with the `oci` feature.
 
-fn main() {}
+mod criu;
+#[cfg_attr(not(feature = "oci"), allow(dead_code, reason = "only the OCI face installs a logger"))]
+mod logs;
+
+#[cfg(feature = "oci")]
+mod cli;
+#[cfg(feature = "oci")]
+mod failure;
+#[cfg(feature = "oci")]
+mod go_flags;
+#[cfg(feature = "oci")]
+mod lifecycle;
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut args: Vec<OsString> = std::env::args_os().collect();
+    let called_as_criu = args.first().and_then(|name| Path::new(name).file_name()) == Some(OsStr::new("criu"));
+    if called_as_criu {
+        return criu::main(args);
+    }
+    if args.get(1).is_some_and(|first| first == "criu") {
+        args.remove(0);
+        return criu::main(args);
+    }
+    oci(args)
+}
+
+#[cfg(feature = "oci")]
+fn oci(args: Vec<OsString>) -> ExitCode {
+    cli::main(args)
+}
+
+#[cfg(not(feature = "oci"))]
+fn oci(_: Vec<OsString>) -> ExitCode {
+    logs::say("this ferry was built without the container lifecycle; it answers to `ferry criu …` only");
+    ExitCode::FAILURE
+}

@@ -1,0 +1,3 @@
+//! The commands of the container lifecycle, one file each.
+
+pub mod spec;
