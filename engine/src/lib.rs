@@ -7,5 +7,6 @@ pub mod agent;
 pub mod error;
 pub mod freeze;
 pub mod images;
+pub mod memory;
 pub mod procfs;
 pub mod sys;

@@ -1,0 +1,5 @@
+//! Address spaces: what is mapped, which pages there are, and their contents.
+
+pub mod mappings;
+pub mod pages;
+pub mod shmem;
