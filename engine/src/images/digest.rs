@@ -47,6 +47,12 @@ impl ChunkDigests {
         let expected = usize::try_from(index).ok().and_then(|index| self.0.get(index));
         expected.is_some_and(|&expected| expected == xxh3_128(bytes))
     }
+
+    /// Offset of the first chunk of `bytes`, the whole content, that is not as it was digested.
+    pub fn first_damaged(&self, bytes: &[u8]) -> Option<u64> {
+        let mut chunks = (0..).zip(bytes.chunks(CHUNK as usize));
+        chunks.find(|&(index, chunk)| !self.verify(index, chunk)).map(|(index, _)| index * CHUNK)
+    }
 }
 
 /// Hexadecimal, 32 digits a chunk, without separators.

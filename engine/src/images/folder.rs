@@ -9,15 +9,17 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::content::Content;
 use super::digest::{CHUNK, ChunkDigester, ChunkDigests, chunk_count, chunk_length};
 use super::manifest::{MANIFEST_NAME, Manifest};
-use super::sink::{Ledger, Sink, SinkError, chunked_digest, record_digest};
+use super::sink::{Ledger, Sink, SinkError, chunked_digest, is_flat_name, record_digest};
+use super::source::{RawRegion, Source, SourceError};
 
 /// How a folder is written.
 #[derive(Clone, Copy, Debug)]
@@ -56,10 +58,10 @@ impl FolderSink {
     /// # Errors
     /// [`SinkError::Folder`] if it is not a folder that can be opened and written to.
     pub fn open(path: &Path, options: FolderOptions) -> Result<Self, SinkError> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        rustix::fs::open(path, flags, Mode::empty())
-            .map(|folder| Self::new(folder, options))
-            .map_err(|source| SinkError::Folder { path: path.display().to_string(), source: source.into() })
+        match open_folder(path) {
+            Ok(folder) => Ok(Self::new(folder, options)),
+            Err(source) => Err(SinkError::Folder { path: path.display().to_string(), source: source.into() }),
+        }
     }
 
     /// Uses an open folder. Nothing in it is changed before the first image is written.
@@ -87,6 +89,68 @@ impl FolderSink {
     fn sync(&self, file: impl AsFd) -> io::Result<()> {
         if self.options.fsync { rustix::fs::fsync(file).map_err(Into::into) } else { Ok(()) }
     }
+}
+
+/// Reads an image set from a folder.
+pub struct FolderSource {
+    folder: OwnedFd,
+}
+
+impl FolderSource {
+    /// Uses the folder at `path`.
+    ///
+    /// # Errors
+    /// [`SourceError::Folder`] if it is not a folder that can be opened.
+    pub fn open(path: &Path) -> Result<Self, SourceError> {
+        match open_folder(path) {
+            Ok(folder) => Ok(Self::new(folder)),
+            Err(source) => Err(SourceError::Folder { path: path.display().to_string(), source: source.into() }),
+        }
+    }
+
+    /// Uses an open folder.
+    pub fn new(folder: OwnedFd) -> Self {
+        Self { folder }
+    }
+}
+
+impl Source for FolderSource {
+    fn names(&self) -> Result<Vec<String>, SourceError> {
+        let failed = |source: Errno| SourceError::Folder { path: ".".to_owned(), source: source.into() };
+        let mut names = Vec::new();
+        for entry in Dir::read_from(&self.folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            names.extend(entry.file_name().to_str().ok().filter(|name| is_flat_name(name)).map(str::to_owned));
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Never follows a link, and never waits for the other end of a FIFO.
+    fn find(&self, name: &str) -> Result<Option<RawRegion>, SourceError> {
+        let name_owned = || name.to_owned();
+        if !is_flat_name(name) {
+            return Err(SourceError::Name { name: name_owned() });
+        }
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = match rustix::fs::openat(&self.folder, name, flags, Mode::empty()) {
+            Err(Errno::NOENT) => return Ok(None),
+            Err(Errno::LOOP) => return Err(SourceError::Link { name: name_owned() }),
+            // A socket, or a device without a driver.
+            Err(Errno::NXIO | Errno::NODEV) => return Err(SourceError::NotRegular { name: name_owned() }),
+            Err(error) => return Err(SourceError::read(name, error.into())),
+            Ok(file) => File::from(file),
+        };
+        let metadata = file.metadata().map_err(|source| SourceError::read(name, source))?;
+        if !metadata.is_file() {
+            return Err(SourceError::NotRegular { name: name_owned() });
+        }
+        Ok(Some(RawRegion::new(Arc::new(file), 0, metadata.len())))
+    }
+}
+
+fn open_folder(path: &Path) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 fn write_error(name: &str, source: io::Error) -> SinkError {

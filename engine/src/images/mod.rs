@@ -4,6 +4,7 @@
 //! - [`kind`]: which images there are, their names and magic numbers;
 //! - [`frame`]: entries within an image: encoding, and decoding with bounds;
 //! - [`sink`]: where a dump writes to: a [`folder`] or a tar [`archive`]; [`content`] is what is read while it is written;
+//! - [`source`]: where a restore reads from: the same two; [`set`] verifies and decodes;
 //! - [`digest`], [`manifest`]: `ferry.json`, by which damage is noticed.
 //!
 //! An image is one or two magic words, then entries: a length of 32 bits (little-endian, as every machine that CRIU
@@ -18,11 +19,13 @@ pub mod frame;
 pub mod kind;
 pub mod manifest;
 mod record;
+pub mod set;
 pub mod sink;
+pub mod source;
 
-pub use archive::ArchiveSink;
+pub use archive::{ArchiveSink, ArchiveSource, Spool};
 pub use content::{Content, FileContent, WithHead};
-pub use folder::{FolderOptions, FolderSink};
+pub use folder::{FolderOptions, FolderSink, FolderSource};
 pub use frame::{DecodeError, Encoder, Reader, decode_all, decode_one, encode};
 pub use kind::{ImageName, Kind, Naming};
 pub use manifest::{Digest, ImageDigest, MANIFEST_NAME, Manifest, ManifestError};
@@ -31,4 +34,6 @@ pub use record::{
     fsnotify, ghost, ids, inet, inventory, ipc, memfd, mm, mnt, net, netlink, ns, packet, pagemap, pidfd, pipe, pstree,
     regfile, seccomp, signal, sockets, stats, timer, tty, tun, unix,
 };
+pub use set::ImageSet;
 pub use sink::{Sink, SinkError};
+pub use source::{RawImage, RawRegion, Source, SourceError};

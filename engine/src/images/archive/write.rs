@@ -1,22 +1,18 @@
-//! The checkpoint archive: a tar in Podman's layout, written in one pass.
+//! Writing an archive in one pass.
 //!
-//! Images lie under `checkpoint/`, other members (`config.dump`, `spec.dump`, `rootfs-diff.tar`, …) beside it. Sizes are known
-//! before the bytes are written, so that the archive goes to anything that takes bytes: a file, a compressor, a pipe.
+//! Sizes are known before the bytes are written, so that the archive goes to anything that takes bytes: a file, a
+//! compressor, a pipe.
 
 use std::io::{self, Write};
 use std::sync::mpsc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::content::Content;
-use super::digest::{CHUNK, ChunkDigester, ChunkDigests, chunk_count, chunk_length};
-use super::manifest::{ImageDigest, MANIFEST_NAME, Manifest};
-use super::sink::{Ledger, Sink, SinkError, chunked_digest, record_digest};
+use super::{IMAGE_PREFIX, RECORD};
+use crate::images::content::Content;
+use crate::images::digest::{CHUNK, ChunkDigester, ChunkDigests, chunk_count, chunk_length};
+use crate::images::manifest::{ImageDigest, MANIFEST_NAME, Manifest};
+use crate::images::sink::{Ledger, Sink, SinkError, chunked_digest, record_digest};
 
-/// Folder of the images within an archive.
-pub const IMAGE_PREFIX: &str = "checkpoint/";
-
-/// Bytes of a tar record.
-const RECORD: u64 = 512;
 /// Content of at least this is read by a thread of its own, while the one before is written.
 const LARGE: u64 = 4 * CHUNK;
 /// Chunks that are read ahead.
