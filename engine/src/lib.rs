@@ -10,3 +10,4 @@ pub mod images;
 pub mod memory;
 pub mod procfs;
 pub mod sys;
+pub mod tree;
