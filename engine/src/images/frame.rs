@@ -128,6 +128,11 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// Every [`DecodeError`] but `Magic`, `Empty` and `Surplus`.
     pub fn next_entry<M: Message + Default>(&mut self) -> Result<Option<M>, DecodeError> {
+        Ok(self.next_with_bytes()?.map(|(message, _)| message))
+    }
+
+    /// The next entry and the bytes it was decoded from, or `None` at the end.
+    pub(super) fn next_with_bytes<M: Message + Default>(&mut self) -> Result<Option<(M, &'a [u8])>, DecodeError> {
         if self.at_end() {
             return Ok(None);
         }
@@ -142,12 +147,11 @@ impl<'a> Reader<'a> {
             return Err(DecodeError::TooMany { image: self.image.to_owned(), offset });
         }
         self.entries += 1;
-        let message = M::decode(self.tail(u64::from(claimed))?).map_err(|source| DecodeError::Message {
-            image: self.image.to_owned(),
-            offset,
-            source,
-        })?;
-        Ok(Some(message))
+        let bytes = self.tail(u64::from(claimed))?;
+        match M::decode(bytes) {
+            Ok(message) => Ok(Some((message, bytes))),
+            Err(source) => Err(DecodeError::Message { image: self.image.to_owned(), offset, source }),
+        }
     }
 
     /// The next entry, which must be there.
@@ -155,7 +159,21 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// As [`Reader::next_entry`], and [`DecodeError::Empty`] at the end.
     pub fn expect_entry<M: Message + Default>(&mut self) -> Result<M, DecodeError> {
-        self.next_entry()?.ok_or_else(|| DecodeError::Empty { image: self.image.to_owned() })
+        self.next_entry()?.ok_or_else(|| self.empty())
+    }
+
+    /// The error for an entry that must be there and is not.
+    pub(super) fn empty(&self) -> DecodeError {
+        DecodeError::Empty { image: self.image.to_owned() }
+    }
+
+    /// Checks that nothing is left.
+    ///
+    /// # Errors
+    /// [`DecodeError::Surplus`].
+    pub fn expect_end(&self) -> Result<(), DecodeError> {
+        let surplus = || DecodeError::Surplus { image: self.image.to_owned(), offset: self.offset };
+        if self.at_end() { Ok(()) } else { Err(surplus()) }
     }
 
     /// The next `length` bytes: the tail of the entry before.
@@ -206,9 +224,7 @@ pub fn decode_all<M: Message + Default>(image: &str, kind: Kind, bytes: &[u8]) -
 pub fn decode_one<M: Message + Default>(image: &str, kind: Kind, bytes: &[u8]) -> Result<M, DecodeError> {
     let mut reader = Reader::new(image, kind, bytes)?;
     let message = reader.expect_entry()?;
-    if !reader.at_end() {
-        return Err(DecodeError::Surplus { image: image.to_owned(), offset: reader.offset() });
-    }
+    reader.expect_end()?;
     Ok(message)
 }
 

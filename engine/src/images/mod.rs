@@ -5,6 +5,7 @@
 //! - [`frame`]: entries within an image: encoding, and decoding with bounds;
 //! - [`sink`]: where a dump writes to: a [`folder`] or a tar [`archive`]; [`content`] is what is read while it is written;
 //! - [`source`]: where a restore reads from: the same two; [`set`] verifies and decodes;
+//! - [`layout`]: which messages make up each kind;
 //! - [`digest`], [`manifest`]: `ferry.json`, by which damage is noticed.
 //!
 //! An image is one or two magic words, then entries: a length of 32 bits (little-endian, as every machine that CRIU
@@ -17,6 +18,7 @@ pub mod digest;
 pub mod folder;
 pub mod frame;
 pub mod kind;
+pub mod layout;
 pub mod manifest;
 mod record;
 pub mod set;

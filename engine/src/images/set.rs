@@ -5,6 +5,7 @@ use prost::Message;
 use super::digest::sha256;
 use super::frame::{decode_all, decode_one};
 use super::kind::{ImageName, Kind};
+use super::layout::first_unknown;
 use super::manifest::{Digest, ImageDigest, MANIFEST_NAME, Manifest};
 use super::source::{RawImage, RawRegion, Source, SourceError};
 
@@ -97,6 +98,29 @@ impl ImageSet {
     pub fn entry<M: Message + Default>(&self, kind: Kind, name: &str) -> Result<Option<M>, SourceError> {
         let bytes = self.bytes(name)?;
         Ok(bytes.map(|bytes| decode_one(name, kind, &bytes)).transpose()?)
+    }
+
+    /// Decodes every record image and checks that all of it is understood, so that a restore drops nothing silently. For sets
+    /// of another program or version; tails and raw images are not looked into.
+    ///
+    /// # Errors
+    /// [`SourceError::Unknown`] for the first image that has something unknown, and every other [`SourceError`].
+    pub fn check_understood(&self) -> Result<(), SourceError> {
+        for name in self.names()? {
+            let Some(ImageName { kind, .. }) = ImageName::parse(&name) else { continue };
+            let bytes = match kind {
+                _ if kind.is_raw() => continue,
+                Kind::GhostFile => {
+                    self.raw(&name)?.map(|image| image.read_chunk(0, &mut Vec::new()).map(<[u8]>::to_vec))
+                }
+                _ => self.bytes(&name).transpose(),
+            };
+            let Some(bytes) = bytes else { continue };
+            if let Some(offset) = first_unknown(kind, &name, &bytes?)? {
+                return Err(SourceError::Unknown { name, offset });
+            }
+        }
+        Ok(())
     }
 
     fn find(&self, name: &str) -> Result<Option<(RawRegion, Option<&ImageDigest>)>, SourceError> {

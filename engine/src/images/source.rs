@@ -217,6 +217,11 @@ pub enum SourceError {
     /// Its digest differs.
     #[error("image {name} is damaged: its content from offset {offset} on is not what was dumped")]
     Damaged { name: String, offset: u64 },
+    /// Decodes, but not to what it encodes from.
+    #[error(
+        "image {name}: the entry at offset {offset} has a field that this version does not know, or lacks one: it was made by a newer program"
+    )]
+    Unknown { name: String, offset: usize },
     /// The manifest is not accepted.
     #[error(transparent)]
     Manifest(#[from] ManifestError),

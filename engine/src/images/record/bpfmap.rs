@@ -51,3 +51,10 @@ pub struct BpfmapDataEntry {
     #[prost(uint32, required, tag = "4")]
     pub count: u32,
 }
+
+impl BpfmapDataEntry {
+    /// Bytes that follow the entry: keys, then values.
+    pub fn tail_length(&self) -> u64 {
+        u64::from(self.keys_bytes) + u64::from(self.values_bytes)
+    }
+}

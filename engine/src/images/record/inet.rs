@@ -131,3 +131,10 @@ pub struct TcpStreamEntry {
     #[prost(uint32, optional, tag = "17")]
     pub rcv_wup: Option<u32>,
 }
+
+impl TcpStreamEntry {
+    /// Bytes that follow the entry: the receive queue, then the send queue.
+    pub fn tail_length(&self) -> u64 {
+        u64::from(self.inq_len) + u64::from(self.outq_len)
+    }
+}

@@ -103,3 +103,24 @@ pub struct IpcShmEntry {
     #[prost(uint32, optional, tag = "4")]
     pub hugetlb_flag: Option<u32>,
 }
+
+impl IpcShmEntry {
+    /// Bytes that follow the entry, padding included.
+    pub fn tail_length(&self) -> u64 {
+        if self.in_pagemaps() { 0 } else { self.size.checked_next_multiple_of(4).unwrap_or(u64::MAX) }
+    }
+}
+
+impl IpcSemEntry {
+    /// Bytes that follow the entry, padding included.
+    pub fn tail_length(&self) -> u64 {
+        (u64::from(self.nsems) * 2).next_multiple_of(8)
+    }
+}
+
+impl IpcMsg {
+    /// Bytes that follow the entry, padding included.
+    pub fn tail_length(&self) -> u64 {
+        u64::from(self.msize).next_multiple_of(8)
+    }
+}

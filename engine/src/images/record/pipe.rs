@@ -38,3 +38,10 @@ pub struct PipeDataEntry {
     #[prost(uint32, optional, tag = "3")]
     pub size: Option<u32>,
 }
+
+impl PipeDataEntry {
+    /// Bytes that follow the entry.
+    pub fn tail_length(&self) -> u64 {
+        self.bytes.into()
+    }
+}

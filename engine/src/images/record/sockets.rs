@@ -86,3 +86,10 @@ pub struct ScmEntry {
     #[prost(uint32, repeated, packed = "false", tag = "2")]
     pub rights: Vec<u32>,
 }
+
+impl SkPacketEntry {
+    /// Bytes that follow the entry.
+    pub fn tail_length(&self) -> u64 {
+        self.length.into()
+    }
+}
