@@ -8,6 +8,7 @@ pub mod error;
 pub mod freeze;
 pub mod images;
 pub mod memory;
+pub mod namespaces;
 pub mod procfs;
 pub mod sys;
 pub mod tree;
