@@ -243,3 +243,115 @@ fn copy_chunks(name: &str, content: &dyn Content, file: &File, threads: usize) -
     })?;
     Ok(digester.finish())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::ImageSet;
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::net::UnixListener;
+
+    fn pages() -> Vec<u8> {
+        (0..11 * CHUNK + 4096).map(|at| (at ^ (at >> 11)) as u8).collect()
+    }
+
+    fn files(folder: &Path) -> Vec<String> {
+        FolderSource::open(folder).unwrap().names().unwrap()
+    }
+
+    #[test]
+    fn a_set_is_written_and_read_whatever_the_number_of_threads() {
+        for (threads, fsync) in [(1, false), (4, true)] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut sink = FolderSink::open(folder.path(), FolderOptions { fsync, threads }).unwrap();
+            sink.put("core-1.img", b"record").unwrap();
+            sink.put_raw("pages-1.img", &pages()).unwrap();
+            assert_eq!(files(folder.path()), ["core-1.img", "pages-1.img"], "the manifest comes last");
+            let manifest = sink.finish(Manifest::new("6.18", 4096)).unwrap();
+            drop(sink);
+            assert_eq!(files(folder.path()), ["core-1.img", MANIFEST_NAME, "pages-1.img"]);
+            assert!(std::fs::read(folder.path().join("pages-1.img")).unwrap() == pages());
+            let mode = folder.path().join("core-1.img").metadata().unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "memory may hold secrets");
+
+            let set = ImageSet::open(Box::new(FolderSource::open(folder.path()).unwrap())).unwrap();
+            assert_eq!(set.manifest(), Some(&manifest));
+            assert!(set.bytes("pages-1.img").unwrap().unwrap() == pages());
+        }
+    }
+
+    #[test]
+    fn a_dropped_sink_leaves_nothing_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("notes"), "mine").unwrap();
+        let mut sink = FolderSink::open(folder.path(), FolderOptions::default()).unwrap();
+        sink.put("core-1.img", b"record").unwrap();
+        drop(sink);
+        assert_eq!(files(folder.path()), ["notes"]);
+    }
+
+    #[test]
+    fn what_is_there_is_replaced_and_never_written_through() {
+        let folder = tempfile::tempdir().unwrap();
+        let precious = folder.path().join("precious");
+        std::fs::write(&precious, "precious").unwrap();
+        std::fs::write(folder.path().join(MANIFEST_NAME), "old").unwrap();
+        symlink(&precious, folder.path().join("core-1.img")).unwrap();
+        std::fs::hard_link(&precious, folder.path().join("core-2.img")).unwrap();
+        let mut sink = FolderSink::open(folder.path(), FolderOptions::default()).unwrap();
+        assert!(folder.path().join(MANIFEST_NAME).exists(), "nothing is changed by opening");
+        for name in ["core-1.img", "core-2.img"] {
+            sink.put(name, b"record").unwrap();
+            assert_eq!(std::fs::read(folder.path().join(name)).unwrap(), b"record");
+        }
+        assert!(!folder.path().join(MANIFEST_NAME).exists());
+        assert_eq!(std::fs::read(&precious).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn names_and_orders_that_make_no_set_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut sink = FolderSink::open(folder.path(), FolderOptions::default()).unwrap();
+        for name in ["", ".", "..", "a/b", "/x", ".hidden", "nul\0", &"x".repeat(89)] {
+            assert!(matches!(sink.put(name, b""), Err(SinkError::Name { .. })), "{name}");
+        }
+        sink.put("core-1.img", b"").unwrap();
+        assert!(matches!(sink.put_raw("core-1.img", &Vec::new()), Err(SinkError::Duplicate { .. })));
+        sink.finish(Manifest::new("6.18", 4096)).unwrap();
+        assert!(matches!(sink.put("core-2.img", b""), Err(SinkError::Finished { .. })));
+    }
+
+    #[test]
+    fn content_that_fails_stops_every_thread() {
+        struct Failing;
+        impl Content for Failing {
+            fn len(&self) -> u64 {
+                64 * CHUNK
+            }
+            fn read_at(&self, offset: u64, _: &mut [u8]) -> io::Result<()> {
+                if offset < 20 * CHUNK { Ok(()) } else { Err(io::ErrorKind::PermissionDenied.into()) }
+            }
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let mut sink = FolderSink::open(folder.path(), FolderOptions { fsync: false, threads: 3 }).unwrap();
+        let error = sink.put_raw("pages-1.img", &Failing).unwrap_err();
+        assert!(matches!(error, SinkError::Content { offset, .. } if offset >= 20 * CHUNK), "{error}");
+    }
+
+    #[test]
+    fn anything_but_regular_files_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        symlink("/etc/passwd", folder.path().join("core-1.img")).unwrap();
+        std::fs::create_dir(folder.path().join("core-2.img")).unwrap();
+        let fifo = folder.path().join("core-3.img");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR, 0).unwrap();
+        let _socket = UnixListener::bind(folder.path().join("core-4.img")).unwrap();
+        let source = FolderSource::open(folder.path()).unwrap();
+        assert!(matches!(source.find("core-1.img"), Err(SourceError::Link { .. })));
+        for name in ["core-2.img", "core-3.img", "core-4.img"] {
+            assert!(matches!(source.find(name), Err(SourceError::NotRegular { .. })), "{name}");
+        }
+        assert!(matches!(source.find("../core-1.img"), Err(SourceError::Name { .. })));
+        assert!(source.find("core-5.img").unwrap().is_none());
+    }
+}

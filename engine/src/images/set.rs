@@ -150,3 +150,76 @@ pub fn verify(name: &str, bytes: &[u8], digest: Option<&ImageDigest>) -> Result<
     };
     damaged.map_or(Ok(()), |offset| Err(SourceError::Damaged { name: name.to_owned(), offset }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fs::FsEntry;
+    use super::super::{FolderOptions, FolderSink, FolderSource, Sink, encode};
+    use super::*;
+    use std::path::Path;
+
+    fn open(folder: &Path) -> Result<ImageSet, SourceError> {
+        ImageSet::open(Box::new(FolderSource::open(folder).unwrap()))
+    }
+
+    fn folder_with_set() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let mut sink = FolderSink::open(folder.path(), FolderOptions::default()).unwrap();
+        let entry = FsEntry { cwd_id: 1, root_id: 2, umask: None };
+        sink.put("fs-1.img", &encode(Kind::Fs, &[entry])).unwrap();
+        sink.put_raw("pages-1.img", &vec![7; 4096]).unwrap();
+        sink.finish(Manifest::new("6.18", 4096)).unwrap();
+        folder
+    }
+
+    #[test]
+    fn entries_are_decoded_once_they_are_verified() {
+        let folder = folder_with_set();
+        let set = open(folder.path()).unwrap();
+        assert_eq!(set.entry::<FsEntry>(Kind::Fs, "fs-1.img").unwrap().unwrap().root_id, 2);
+        assert_eq!(set.entries::<FsEntry>(Kind::Fs, "fs-1.img").unwrap().unwrap().len(), 1);
+        assert!(set.entry::<FsEntry>(Kind::Fs, "fs-2.img").unwrap().is_none());
+        set.check_understood().unwrap();
+        let mut bytes = std::fs::read(folder.path().join("fs-1.img")).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(folder.path().join("fs-1.img"), bytes).unwrap();
+        assert!(matches!(set.entry::<FsEntry>(Kind::Fs, "fs-1.img"), Err(SourceError::Damaged { .. })));
+        assert!(matches!(set.raw("fs-1.img"), Err(SourceError::Damaged { .. })));
+    }
+
+    #[test]
+    fn missing_and_shortened_images_are_found_at_once() {
+        let folder = folder_with_set();
+        let pages = folder.path().join("pages-1.img");
+        std::fs::write(&pages, [7; 4095]).unwrap();
+        let sentence = open(folder.path()).err().unwrap().to_string();
+        assert!(sentence.contains("it has 4095 bytes, 4096 were dumped"), "{sentence}");
+        std::fs::remove_file(&pages).unwrap();
+        let sentence = open(folder.path()).err().unwrap().to_string();
+        assert!(sentence.contains("pages-1.img is missing"), "{sentence}");
+    }
+
+    #[test]
+    fn files_that_the_manifest_does_not_list_are_not_images() {
+        let folder = folder_with_set();
+        std::fs::write(folder.path().join("fs-9.img"), "stray").unwrap();
+        let set = open(folder.path()).unwrap();
+        assert!(!set.contains("fs-9.img").unwrap());
+        assert_eq!(set.names().unwrap(), ["fs-1.img", "pages-1.img"]);
+    }
+
+    #[test]
+    fn a_set_without_a_manifest_is_read_unverified() {
+        let folder = folder_with_set();
+        std::fs::remove_file(folder.path().join(MANIFEST_NAME)).unwrap();
+        std::fs::write(folder.path().join("dump.log"), "a log").unwrap();
+        let set = open(folder.path()).unwrap();
+        assert!(set.manifest().is_none());
+        assert_eq!(set.names().unwrap(), ["fs-1.img", "pages-1.img"]);
+        set.check_understood().unwrap();
+        let unknown = [Kind::Fs.magic(), vec![6, 0, 0, 0, 8, 1, 16, 2, 120, 1]].concat();
+        std::fs::write(folder.path().join("fs-1.img"), unknown).unwrap();
+        let sentence = set.check_understood().unwrap_err().to_string();
+        assert!(sentence.contains("fs-1.img: the entry at offset 8"), "{sentence}");
+    }
+}

@@ -4,6 +4,8 @@
 //! the caller's: what is written goes through any `Write`, what is read comes from any `Read`.
 
 mod read;
+#[cfg(test)]
+mod tests;
 mod write;
 
 pub use read::{ArchiveSource, Spool};

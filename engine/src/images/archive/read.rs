@@ -149,7 +149,7 @@ impl Tape for InPlace<'_> {
     fn place(&mut self, length: u64) -> Result<u64, SourceError> {
         let offset = self.position;
         let end = offset.checked_add(length).filter(|&end| end <= self.length);
-        self.position = end.ok_or(SourceError::Truncated { offset })?;
+        self.position = end.ok_or(SourceError::Truncated { offset: self.length })?;
         Ok(offset)
     }
 }
@@ -255,17 +255,19 @@ impl dyn Tape + '_ {
     }
 }
 
-/// The next header, or `None` at the archive's end mark. An archive that ends without the mark is truncated.
+/// The next header, or `None` at the archive's end mark, which is two empty records. An archive that ends without it is
+/// truncated.
 fn next_header(tape: &mut dyn Tape) -> Result<Option<tar::Header>, SourceError> {
     let offset = tape.position();
     let mut header = tar::Header::new_old();
-    if !tape.read(header.as_mut_bytes())? {
-        return Err(SourceError::Truncated { offset });
+    let mut read = || {
+        let there = tape.read(header.as_mut_bytes())?;
+        if there { Ok(header.as_bytes().iter().all(|&byte| byte == 0)) } else { Err(SourceError::Truncated { offset }) }
+    };
+    if read()? {
+        return if read()? { Ok(None) } else { Err(SourceError::Header { offset }) };
     }
     let bytes = header.as_bytes();
-    if bytes.iter().all(|&byte| byte == 0) {
-        return Ok(None);
-    }
     // The sum is taken with the field that holds it, 148 to 155, as spaces.
     let sum: u32 =
         (0..).zip(bytes).map(|(at, &byte)| u32::from(if (148..156).contains(&at) { b' ' } else { byte })).sum();
