@@ -11,4 +11,5 @@ pub mod memory;
 pub mod namespaces;
 pub mod procfs;
 pub mod sys;
+pub mod task;
 pub mod tree;

@@ -5,6 +5,7 @@
 //! stays safe code.
 
 pub mod clone;
+pub mod cpuid;
 pub mod kcmp;
 pub mod pagemap;
 pub mod pidfd;

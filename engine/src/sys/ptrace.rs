@@ -206,6 +206,13 @@ pub fn pending_signals(tid: HostPid, shared: bool) -> nix::Result<Vec<[u8; 128]>
     }
 }
 
+/// The raw `siginfo_t` of the signal that the thread is about to take ([`Stop::Signal`]).
+pub fn signal_info(tid: HostPid) -> nix::Result<[u8; 128]> {
+    let mut info = [0u8; 128];
+    request(libc::PTRACE_GETSIGINFO as _, tid, 0, info.as_mut_ptr() as usize)?;
+    Ok(info)
+}
+
 /// The thread's seccomp filter number `index`, newest first, as raw BPF instructions.
 ///
 /// # Errors

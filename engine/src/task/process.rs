@@ -1,0 +1,173 @@
+//! One process: what its threads share, and the `core` entries of leaders and zombies.
+
+use super::identity::{self, ProcessSettings};
+use super::seccomp::FilterTable;
+use super::thread::{ThreadAnswers, ThreadOutside, dump_thread};
+use super::timers::{self, Listed};
+use super::{Checks, TaskError, limits, signals};
+use crate::agent::inject::Context;
+use crate::agent::{Answers, Batch};
+use crate::images::core::{CoreEntry, TaskCoreEntry, TaskRlimitsEntry, task_state};
+use crate::images::core_x86::ThreadInfoX86;
+use crate::images::signal::{SaEntry, SignalQueueEntry};
+use crate::images::timer::TaskTimersEntry;
+use crate::procfs::Stat;
+use crate::sys::ptrace::Stop;
+use crate::sys::{HostPid, NsPid};
+
+/// What `/proc` and ptrace(2) tell of a stopped process.
+#[derive(Clone, Debug)]
+pub struct ProcessOutside {
+    pending: SignalQueueEntry,
+    timers: Vec<Listed>,
+    oom_score_adj: i32,
+    loginuid: Option<u32>,
+}
+
+impl ProcessOutside {
+    /// Collects it from a process whose leader is in a ptrace stop.
+    ///
+    /// # Errors
+    /// [`TaskError::Collect`], [`TaskError::Proc`].
+    pub fn collect(pid: HostPid) -> Result<Self, TaskError> {
+        Ok(Self {
+            pending: signals::dump_queue(signals::collect_queue(pid, true)?),
+            timers: timers::collect_timers(pid)?,
+            oom_score_adj: identity::collect_oom_score_adj(pid)?,
+            loginuid: identity::collect_loginuid(pid)?,
+        })
+    }
+}
+
+/// The questions for what the threads of a process share; the leader answers.
+pub struct ProcessQuestions {
+    settings: identity::ProcessQuestions,
+    actions: signals::ActionQuestions,
+    timers: timers::Questions,
+    limits: limits::Questions,
+}
+
+/// Its answers.
+#[derive(Clone, Debug)]
+pub struct ProcessAnswers {
+    /// Personality and so on; two of them belong to the `mm` image.
+    pub settings: ProcessSettings,
+    /// Signal actions.
+    pub actions: Vec<SaEntry>,
+    /// Timers.
+    pub timers: TaskTimersEntry,
+    /// Limits.
+    pub limits: TaskRlimitsEntry,
+}
+
+impl ProcessQuestions {
+    /// Appends the questions to a batch of the leader's runner.
+    pub fn ask(batch: &mut Batch<'_>, outside: &ProcessOutside) -> Self {
+        Self {
+            settings: identity::ProcessQuestions::ask(batch),
+            actions: signals::ActionQuestions::ask(batch),
+            timers: timers::Questions::ask(batch, &outside.timers),
+            limits: limits::Questions::ask(batch),
+        }
+    }
+
+    /// Reads the answers; `ns_tid` translates the ids of the process's threads.
+    ///
+    /// # Errors
+    /// [`TaskError::Agent`].
+    pub fn answers(
+        &self,
+        answers: &Answers<'_>,
+        ns_tid: impl Fn(HostPid) -> NsPid,
+    ) -> Result<ProcessAnswers, TaskError> {
+        Ok(ProcessAnswers {
+            settings: self.settings.answers(answers)?,
+            actions: self.actions.answers(answers)?,
+            timers: self.timers.answers(answers, ns_tid)?,
+            limits: self.limits.answers(answers)?,
+        })
+    }
+}
+
+/// A leader: its own part as a thread, and what its process shares.
+pub struct Leader<'a> {
+    /// What it was about to do, out of restartable sequences.
+    pub context: &'a Context,
+    /// How it was found.
+    pub stop: Stop,
+    /// `/proc/PID/stat`.
+    pub stat: &'a Stat,
+    /// Its own state.
+    pub thread: (&'a ThreadOutside, &'a ThreadAnswers),
+    /// Its process's state.
+    pub process: (&'a ProcessOutside, &'a ProcessAnswers),
+}
+
+/// The `core` entry of a process's leader, but for the ids of what it shares and its cgroups.
+pub fn dump_leader(leader: &Leader<'_>, table: &mut FilterTable) -> CoreEntry {
+    let (outside, answers) = leader.process;
+    let mut core = dump_thread(leader.context, leader.thread.0, leader.thread.1, table);
+    // A leader's mask is its process's field; the image's other threads have their own.
+    if let Some(thread) = &mut core.thread_core {
+        thread.blk_sigset = None;
+    }
+    let (state, stop_signal) = match leader.stop {
+        Stop::Group(signal) => (task_state::STOPPED, Some(signal as u32)),
+        _ => (task_state::ALIVE, None),
+    };
+    let settings = &answers.settings;
+    core.tc = Some(TaskCoreEntry {
+        task_state: state,
+        exit_code: 0,
+        personality: settings.personality,
+        flags: leader.stat.flags as u32,
+        blk_sigset: leader.context.mask,
+        comm: leader.thread.1.settings.name.clone(),
+        timers: Some(answers.timers.clone()),
+        rlimits: Some(answers.limits.clone()),
+        cg_set: None,
+        signals_s: Some(outside.pending.clone()),
+        old_seccomp_mode: None,
+        old_seccomp_filter: None,
+        loginuid: outside.loginuid,
+        oom_score_adj: Some(outside.oom_score_adj),
+        sigactions: answers.actions.clone(),
+        child_subreaper: Some(settings.subreaper),
+        blk_sigset_extended: None,
+        stop_signo: stop_signal,
+        membarrier_registration_mask: (settings.membarrier != 0).then_some(settings.membarrier),
+    });
+    core
+}
+
+/// The `core` entry of a process that has exited and waits for its parent.
+pub fn dump_zombie(stat: &Stat) -> CoreEntry {
+    let process = TaskCoreEntry {
+        task_state: task_state::DEAD,
+        exit_code: stat.exit_code as u32,
+        comm: stat.comm.clone().into_bytes(),
+        ..TaskCoreEntry::default()
+    };
+    CoreEntry {
+        mtype: crate::images::core::March::X86_64 as i32,
+        thread_info: None::<ThreadInfoX86>,
+        tc: Some(process),
+        ..CoreEntry::default()
+    }
+}
+
+fn shared(core: &CoreEntry, tid: u32) -> Result<&TaskCoreEntry, TaskError> {
+    core.tc.as_ref().ok_or_else(|| TaskError::Image { tid, what: "it has no process state".into() })
+}
+
+/// Appends what the threads of a process share: signal actions and settings.
+///
+/// # Errors
+/// [`TaskError::Image`].
+pub fn restore_process(batch: &mut Batch<'_>, core: &CoreEntry, tid: u32) -> Result<Checks, TaskError> {
+    let process = shared(core, tid)?;
+    let mut checks = Checks::default();
+    signals::restore_actions(batch, &process.sigactions, tid, &mut checks)?;
+    identity::restore_process_settings(batch, process, &mut checks);
+    Ok(checks)
+}
