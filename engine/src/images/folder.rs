@@ -10,15 +10,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::content::Content;
-use super::digest::{CHUNK, ChunkDigester, ChunkDigests, chunk_count, chunk_length};
+use super::copy::{copy_into_file, default_threads};
 use super::manifest::{MANIFEST_NAME, Manifest};
-use super::sink::{Ledger, Sink, SinkError, chunked_digest, is_flat_name, record_digest};
+use super::sink::{Ledger, Sink, SinkError, chunked_digest, is_flat_name, record_digest, write_error};
 use super::source::{RawRegion, Source, SourceError};
 
 /// How a folder is written.
@@ -33,8 +32,7 @@ pub struct FolderOptions {
 
 impl Default for FolderOptions {
     fn default() -> Self {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { fsync: false, threads: processors.clamp(1, 4) }
+        Self { fsync: false, threads: default_threads() }
     }
 }
 
@@ -47,8 +45,6 @@ pub struct FolderSink {
     made: Vec<String>,
 }
 
-/// Content of less than this is not worth a thread.
-const SMALL: u64 = 8 * CHUNK;
 /// The manifest until it is whole. Not a name that an image may have.
 const UNFINISHED: &str = ".ferry.json.new";
 
@@ -153,10 +149,6 @@ fn open_folder(path: &Path) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
-fn write_error(name: &str, source: io::Error) -> SinkError {
-    SinkError::Write { name: name.to_owned(), source }
-}
-
 fn remove(folder: &OwnedFd, name: &str) -> Result<(), Errno> {
     match rustix::fs::unlinkat(folder, name, AtFlags::empty()) {
         Err(Errno::NOENT) => Ok(()),
@@ -175,8 +167,7 @@ impl Sink for FolderSink {
     fn put_raw(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError> {
         self.ledger.admit(name)?;
         let file = self.create(name)?;
-        let threads = if content.len() < SMALL { 1 } else { self.options.threads.clamp(1, 4) };
-        let digests = copy_chunks(name, content, &file, threads)?;
+        let digests = copy_into_file(name, content, &file, 0, self.options.threads)?;
         self.sync(&file).map_err(|source| write_error(name, source))?;
         self.ledger.note(name, chunked_digest(content.len(), digests));
         Ok(())
@@ -204,49 +195,10 @@ impl Drop for FolderSink {
     }
 }
 
-/// Copies `content` into `file` chunk by chunk, and digests each chunk while it is in the cache. The threads take the next chunk
-/// that nobody has.
-fn copy_chunks(name: &str, content: &dyn Content, file: &File, threads: usize) -> Result<ChunkDigests, SinkError> {
-    let length = content.len();
-    file.set_len(length).map_err(|source| write_error(name, source))?;
-    let digester = ChunkDigester::new(length);
-    let next = AtomicU64::new(0);
-    let failed = AtomicBool::new(false);
-    let copy = || {
-        let mut buffer = vec![0; chunk_length(length, 0)];
-        while !failed.load(Ordering::Relaxed) {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= chunk_count(length) {
-                break;
-            }
-            let offset = index * CHUNK;
-            let chunk = &mut buffer[..chunk_length(length, index)];
-            let copied = content
-                .read_at(offset, chunk)
-                .map_err(|source| SinkError::Content { name: name.to_owned(), offset, source })
-                .and_then(|()| file.write_all_at(chunk, offset).map_err(|source| write_error(name, source)));
-            if copied.is_err() {
-                failed.store(true, Ordering::Relaxed);
-                return copied;
-            }
-            digester.record(index, chunk);
-        }
-        Ok(())
-    };
-    std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(copy)).collect();
-        let results = std::iter::once(copy()).chain(others.into_iter().map(|other| match other.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }));
-        results.collect::<Vec<_>>().into_iter().collect::<Result<(), _>>()
-    })?;
-    Ok(digester.finish())
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::ImageSet;
+    use super::super::digest::CHUNK;
     use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
     use std::os::unix::net::UnixListener;

@@ -14,6 +14,7 @@
 
 pub mod archive;
 pub mod content;
+mod copy;
 pub mod digest;
 pub mod folder;
 pub mod frame;

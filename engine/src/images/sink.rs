@@ -68,6 +68,10 @@ pub fn is_flat_name(name: &str) -> bool {
     (1..=88).contains(&name.len()) && !name.starts_with('.') && !name.bytes().any(|byte| byte == b'/' || byte == 0)
 }
 
+pub(super) fn write_error(name: &str, source: io::Error) -> SinkError {
+    SinkError::Write { name: name.to_owned(), source }
+}
+
 /// What has been written so far.
 #[derive(Default)]
 pub(super) struct Ledger {

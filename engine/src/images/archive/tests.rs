@@ -1,3 +1,4 @@
+use std::fs::File;
 use std::io::{Cursor, Read, Seek, Write};
 
 use tar::{Builder, EntryType, Header};
@@ -85,6 +86,28 @@ fn other_programs_read_it() {
     assert_eq!(names[0].0, "checkpoint/");
     assert_eq!(names[1], ("config.dump".into(), 2));
     assert_eq!(names[3], ("checkpoint/pages-1.img".into(), pages().len()));
+}
+
+#[test]
+fn a_file_is_written_with_several_threads_to_the_same_content() {
+    let folder = tempfile::tempdir().unwrap();
+    let pages = [pages(), pages()].concat();
+    for append in [false, true] {
+        let path = folder.path().join(if append { "appended" } else { "written" });
+        let mut file = File::options().create(true).append(append).write(true).open(&path).unwrap();
+        file.write_all(b"before").unwrap();
+        let mut sink = ArchiveSink::in_file(file).unwrap();
+        sink.put("core-1.img", b"record").unwrap();
+        sink.put_raw("pages-1.img", &pages).unwrap();
+        sink.finish(Manifest::new("6.18", 4096)).unwrap();
+        sink.close().unwrap();
+        let mut file = File::open(&path).unwrap();
+        file.seek(std::io::SeekFrom::Start(6)).unwrap();
+        let source = ArchiveSource::spool(file, &Spool::Memory, MANY).unwrap();
+        let set = ImageSet::open(Box::new(source)).unwrap();
+        assert!(set.bytes("pages-1.img").unwrap().unwrap() == pages);
+        assert_eq!(set.bytes("core-1.img").unwrap().unwrap(), b"record");
+    }
 }
 
 #[test]

@@ -3,29 +3,42 @@
 //! Sizes are known before the bytes are written, so that the archive goes to anything that takes bytes: a file, a
 //! compressor, a pipe.
 
-use std::io::{self, Write};
-use std::sync::mpsc;
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::OFlags;
 
 use super::{IMAGE_PREFIX, RECORD};
 use crate::images::content::Content;
-use crate::images::digest::{CHUNK, ChunkDigester, ChunkDigests, chunk_count, chunk_length};
+use crate::images::copy::{copy_in_order, copy_into_file, default_threads};
 use crate::images::manifest::{ImageDigest, MANIFEST_NAME, Manifest};
-use crate::images::sink::{Ledger, Sink, SinkError, chunked_digest, record_digest};
-
-/// Content of at least this is read by a thread of its own, while the one before is written.
-const LARGE: u64 = 4 * CHUNK;
-/// Chunks that are read ahead.
-const READ_AHEAD: usize = 3;
+use crate::images::sink::{Ledger, Sink, SinkError, chunked_digest, record_digest, write_error};
 
 /// Writes an image set into a tar archive.
 ///
 /// An archive is complete only when [`ArchiveSink::close`] has written its end.
 pub struct ArchiveSink<W: Write + Send> {
     writer: W,
+    /// The writer once more, if it is a file that several threads may write to at once. Both share one position.
+    file: Option<File>,
     modified: u64,
     images: Ledger,
     members: Ledger,
+}
+
+impl ArchiveSink<File> {
+    /// Begins an archive in a file, at its position. If the file can be written at any offset, large content is copied with
+    /// several threads.
+    ///
+    /// # Errors
+    /// [`SinkError::Write`].
+    pub fn in_file(file: File) -> Result<Self, SinkError> {
+        // On Linux `pwrite(2)` to a file opened for appending ignores the offset.
+        let appends = rustix::fs::fcntl_getfl(&file).is_ok_and(|flags| flags.contains(OFlags::APPEND));
+        let again = file.try_clone().and_then(|mut again| again.stream_position().map(|_| again)).ok();
+        Self::begin(file, again.filter(|_| !appends))
+    }
 }
 
 impl<W: Write + Send> ArchiveSink<W> {
@@ -34,8 +47,12 @@ impl<W: Write + Send> ArchiveSink<W> {
     /// # Errors
     /// [`SinkError::Write`].
     pub fn new(writer: W) -> Result<Self, SinkError> {
+        Self::begin(writer, None)
+    }
+
+    fn begin(writer: W, file: Option<File>) -> Result<Self, SinkError> {
         let modified = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let mut archive = Self { writer, modified, images: Ledger::default(), members: Ledger::default() };
+        let mut archive = Self { writer, file, modified, images: Ledger::default(), members: Ledger::default() };
         archive.header(IMAGE_PREFIX, 0, tar::EntryType::Directory)?;
         Ok(archive)
     }
@@ -105,14 +122,18 @@ impl<W: Write + Send> ArchiveSink<W> {
     fn copy(&mut self, path: &str, content: &dyn Content) -> Result<ImageDigest, SinkError> {
         let length = content.len();
         self.header(path, length, tar::EntryType::Regular)?;
-        let digests = copy_in_order(path, content, &mut self.writer)?;
+        let digests = match &mut self.file {
+            None => copy_in_order(path, content, &mut self.writer)?,
+            Some(file) => {
+                let start = file.stream_position().map_err(|source| write_error(path, source))?;
+                let digests = copy_into_file(path, content, file, start, default_threads())?;
+                file.seek(SeekFrom::Start(start + length)).map_err(|source| write_error(path, source))?;
+                digests
+            }
+        };
         self.padding(path, length)?;
         Ok(chunked_digest(length, digests))
     }
-}
-
-fn write_error(name: &str, source: io::Error) -> SinkError {
-    SinkError::Write { name: name.to_owned(), source }
 }
 
 fn image_path(name: &str) -> String {
@@ -140,52 +161,4 @@ impl<W: Write + Send> Sink for ArchiveSink<W> {
         self.write(&image_path(MANIFEST_NAME), &bytes)?;
         Ok(manifest)
     }
-}
-
-/// Copies `content` to `writer` from its beginning to its end. When it is large, a second thread reads and digests the next chunks
-/// while this one writes.
-fn copy_in_order(name: &str, content: &dyn Content, writer: &mut dyn Write) -> Result<ChunkDigests, SinkError> {
-    let length = content.len();
-    let digester = ChunkDigester::new(length);
-    let read = |index: u64, buffer: &mut Vec<u8>| {
-        buffer.resize(chunk_length(length, index), 0);
-        content.read_at(index * CHUNK, buffer).map_err(|source| SinkError::Content {
-            name: name.to_owned(),
-            offset: index * CHUNK,
-            source,
-        })?;
-        digester.record(index, buffer);
-        Ok(())
-    };
-    let mut write = |chunk: &[u8]| writer.write_all(chunk).map_err(|source| write_error(name, source));
-    if length < LARGE {
-        let mut buffer = Vec::new();
-        for index in 0..chunk_count(length) {
-            read(index, &mut buffer)?;
-            write(&buffer)?;
-        }
-        return Ok(digester.finish());
-    }
-    std::thread::scope(|scope| {
-        let (full_in, full) = mpsc::sync_channel::<Result<Vec<u8>, SinkError>>(READ_AHEAD);
-        let (empty, empty_out) = mpsc::sync_channel(READ_AHEAD + 2);
-        scope.spawn(move || {
-            for index in 0..chunk_count(length) {
-                // A buffer that came back, or a new one while not all are out. When the other side is gone, so is the need.
-                let mut buffer = empty_out.try_recv().unwrap_or_default();
-                let chunk = read(index, &mut buffer).map(|()| buffer);
-                let failed = chunk.is_err();
-                if full_in.send(chunk).is_err() || failed {
-                    return;
-                }
-            }
-        });
-        for chunk in full {
-            let chunk = chunk?;
-            write(&chunk)?;
-            let _ = empty.try_send(chunk);
-        }
-        Ok::<(), SinkError>(())
-    })?;
-    Ok(digester.finish())
 }
