@@ -221,9 +221,7 @@ mod tests {
 
     #[test]
     fn damaged_tables_are_errors() {
-        let mode = Some(SeccompMode::Filter as i32);
-        let entry =
-            |place| ThreadCoreEntry { seccomp_mode: mode, seccomp_filter: Some(place), ..ThreadCoreEntry::default() };
+        let entry = |place| core(SeccompMode::Filter as i32, Some(place));
         let ring = SeccompFilter { filter: vec![0; INSTRUCTION], prev: Some(0), flags: None };
         let odd = SeccompFilter { filter: vec![0; 3], prev: None, flags: None };
         let table = SeccompEntry { seccomp_filters: vec![ring, odd] };
