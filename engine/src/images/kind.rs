@@ -277,4 +277,20 @@ mod tests {
         assert_eq!(Kind::StatsDump.magic()[..4], [0x40, 0x59, 0x10, 0x55]);
         assert!(Kind::Pages.magic().is_empty());
     }
+
+    #[test]
+    fn the_reference_lists_every_kind_with_its_magic() {
+        let page = include_str!("../../../docs/images.md");
+        for &kind in Kind::ALL {
+            let row = page.lines().find(|line| line.starts_with(&format!("| `{}` |", kind.name())));
+            let magic = row.and_then(|row| row.split(" | ").last()).unwrap_or_else(|| panic!("{kind:?} has no row"));
+            let expected = match kind.head() {
+                Head::Raw => "none |".to_owned(),
+                Head::Common(own) => format!("`{own:#010x}` |"),
+                Head::Service(own) => format!("service `{own:#010x}` |"),
+                Head::Single(own) => format!("alone `{own:#010x}` |"),
+            };
+            assert_eq!(magic, expected, "{kind:?}");
+        }
+    }
 }
