@@ -70,20 +70,33 @@ impl Cgroup {
     /// # Errors
     /// The kernel's answer; a name that is no UTF-8 is `InvalidData`.
     pub fn children(&self) -> io::Result<Vec<Cgroup>> {
+        let names = self.entries(fs::FileType::is_dir)?;
+        let mut children: Vec<Cgroup> = names.iter().map(|name| self.child(name)).collect();
+        children.sort();
+        Ok(children)
+    }
+
+    /// The names of its control files. None when the directory is gone.
+    ///
+    /// # Errors
+    /// As [`Cgroup::children`].
+    pub fn files(&self) -> io::Result<Vec<String>> {
+        self.entries(fs::FileType::is_file)
+    }
+
+    fn entries(&self, chosen: impl Fn(&fs::FileType) -> bool) -> io::Result<Vec<String>> {
         let entries = match fs::read_dir(&self.directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries?,
         };
-        let mut children = Vec::new();
+        let mut names = Vec::new();
         for entry in entries {
             let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                let name = entry.file_name().into_string().map_err(|_| io::ErrorKind::InvalidData)?;
-                children.push(self.child(&name));
+            if chosen(&entry.file_type()?) {
+                names.push(entry.file_name().into_string().map_err(|_| io::ErrorKind::InvalidData)?);
             }
         }
-        children.sort();
-        Ok(children)
+        Ok(names)
     }
 
     /// This cgroup and all below it, parents before children.

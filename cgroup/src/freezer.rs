@@ -22,10 +22,10 @@
 //!
 //! | module | what it owns |
 //! | --- | --- |
-//! | [`control`] | the control files: asking, waiting for the kernel's word |
-//! | [`choice`] | which cgroup to freeze, and which must not be |
-//! | [`guard`] | the frozen state as a value |
-//! | [`blockers`] | the tasks that keep a freeze from completing |
+//! | `control` | the control files: asking, waiting for the kernel's word |
+//! | `choice` | which cgroup to freeze, and which must not be |
+//! | `guard` | the frozen state as a value |
+//! | `blockers` | the tasks that keep a freeze from completing |
 
 mod blockers;
 mod choice;
@@ -41,7 +41,8 @@ pub use choice::{Freezer, Unfit};
 pub use control::State;
 pub use guard::Frozen;
 
-use crate::hierarchy::HierarchyError;
+use crate::directory::Cgroup;
+use crate::hierarchy::{HierarchyError, Version};
 
 /// Why a cgroup was not frozen, thawed or given back.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +120,16 @@ pub enum FreezeError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Whether a cgroup itself, not one above it, was asked to freeze.
+pub(crate) fn is_asked_to_freeze(cgroup: &Cgroup) -> Result<bool, FreezeError> {
+    control::asked_to_freeze(cgroup)
+}
+
+/// What is written to `freezer.state` or `cgroup.freeze`.
+pub(crate) fn control_text(version: Version, freeze: bool) -> &'static str {
+    control::wish_text(version, if freeze { control::Wish::Freeze } else { control::Wish::Thaw })
 }
 
 fn list_unfit(candidates: &[(PathBuf, Unfit)]) -> String {

@@ -70,6 +70,17 @@ impl Frozen {
         self.found != State::Thawed
     }
 
+    /// Whether a cgroup had itself been asked to freeze before this guard came.
+    ///
+    /// # Errors
+    /// When the cgroup is none that the guard knows of, and its control file cannot be read.
+    pub fn found_asked(&self, cgroup: &Cgroup) -> Result<bool, FreezeError> {
+        if cgroup == self.freezer.cgroup() {
+            return Ok(self.found_asked);
+        }
+        Ok(self.holders.contains(cgroup) || control::asked_to_freeze(cgroup)?)
+    }
+
     /// Thaws everything that holds the container's tasks, so that tasks that were seized and interrupted reach their ptrace
     /// stops, and system calls can run in them. v1 needs it for the former, both for the latter. To be called when every task
     /// is seized and interrupted: one that is not simply runs on.

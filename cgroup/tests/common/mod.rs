@@ -58,7 +58,14 @@ impl TestCgroup {
     /// In the v1 hierarchy of `controller`, `None` where it is not mounted.
     pub fn in_controller(controller: &str) -> Option<TestCgroup> {
         let root = Hierarchies::detect().unwrap().with_controller(controller)?.cgroup("/").ok()?;
-        Some(TestCgroup::below(root.directory(), Version::V1))
+        let cgroup = TestCgroup::below(root.directory(), Version::V1);
+        if controller == "cpuset" {
+            // A new cpuset is empty, and nothing may enter it.
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                fs::write(cgroup.directory.join(file), fs::read(root.directory().join(file)).unwrap()).unwrap();
+            }
+        }
+        Some(cgroup)
     }
 
     fn below(root: &Path, version: Version) -> TestCgroup {
