@@ -70,6 +70,17 @@ fn a_cgroup_frozen_by_hand_is_accepted_and_left_frozen() {
 }
 
 #[test]
+fn a_kept_freeze_stays() {
+    for_each_design(|version| {
+        let cgroup = TestCgroup::new(version);
+        let mut child = Busy::start(&cgroup.directory);
+        Freezer::for_path(&cgroup.directory).unwrap().freeze(anyone, PATIENCE).unwrap().keep();
+        assert!(cgroup.is_frozen());
+        child.assert_stopped();
+    });
+}
+
+#[test]
 fn a_frozen_ancestor_is_accepted_thawed_for_ptrace_and_left_frozen() {
     for_each_design(|version| {
         let outer = TestCgroup::new(version);

@@ -123,6 +123,11 @@ impl Frozen {
         self.give_back()
     }
 
+    /// Leaves the cgroup frozen for good: a pause, rather than a step of a dump.
+    pub fn keep(mut self) {
+        self.released = true;
+    }
+
     /// Thaws for good, even what was found frozen: for a container that is ended, whose tasks v1 lets die only so.
     ///
     /// # Errors
