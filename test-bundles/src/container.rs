@@ -11,7 +11,9 @@ pub const KEEP: &str = "FERRY_TEST_KEEP";
 pub struct Container<'place> {
     place: &'place Place,
     runtime: PathBuf,
-    bundle: PathBuf,
+    root: Option<PathBuf>,
+    /// The bundle's folder.
+    pub bundle: PathBuf,
     /// The id.
     pub id: String,
 }
@@ -22,32 +24,42 @@ impl<'place> Container<'place> {
         Self::run_with(place, bundle, programs::runtime()?)
     }
 
-    /// Starts a container of this bundle with some runtime, detached.
+    /// Starts a container of this bundle with some runtime, detached. The state of one that is not under test lies where it
+    /// keeps it by itself, so that others find it.
     pub fn run_with(place: &'place Place, bundle: &Bundle, runtime: PathBuf) -> Outcome<Self> {
-        bundle.write()?;
-        let container = Self { place, runtime, bundle: bundle.path.clone(), id: place.name().to_owned() };
-        let mut command = container.command("run");
-        command.args(["--detach", "--bundle"]).arg(&container.bundle).arg(&container.id);
-        container.detached(&mut command)?;
+        let container = Self::prepare(place, bundle, runtime)?;
+        container.detached(
+            container.command("run").arg("--detach").arg("--bundle").arg(&container.bundle).arg(&container.id),
+        )?;
         Ok(container)
     }
 
-    /// The same container under another runtime's command line, with that one's own state folder.
-    pub fn seen_by(&self, runtime: PathBuf) -> Self {
-        Self { place: self.place, runtime, bundle: self.bundle.clone(), id: self.id.clone() }
+    /// Creates a container of this bundle with the runtime under test, and does not start it.
+    pub fn create(place: &'place Place, bundle: &Bundle) -> Outcome<Self> {
+        let container = Self::prepare(place, bundle, programs::runtime()?)?;
+        container.detached(container.command("create").arg("--bundle").arg(&container.bundle).arg(&container.id))?;
+        Ok(container)
     }
 
-    /// The state folder given to the runtime.
-    pub fn state_folder(&self) -> PathBuf {
-        self.place.path("state")
+    fn prepare(place: &'place Place, bundle: &Bundle, runtime: PathBuf) -> Outcome<Self> {
+        bundle.write()?;
+        let root = (runtime == programs::runtime()?).then(|| place.path("state"));
+        Ok(Self { place, runtime, root, bundle: bundle.path.clone(), id: place.name().to_owned() })
+    }
+
+    /// The same container under another runtime's command line.
+    pub fn seen_by(&self, runtime: PathBuf) -> Self {
+        Self { place: self.place, runtime, root: None, bundle: self.bundle.clone(), id: self.id.clone() }
     }
 
     /// The runtime's command line up to the verb.
     pub fn command(&self, verb: &str) -> Command {
         let mut command = Command::new(&self.runtime);
-        command.arg("--root").arg(self.state_folder()).arg("--log").arg(self.log());
+        if let Some(root) = &self.root {
+            command.arg("--root").arg(root);
+        }
         // runc looks for images below the folder that it is started in.
-        command.arg(verb).env("TMPDIR", self.place.temporary()).current_dir(&self.bundle);
+        command.arg("--log").arg(self.log()).arg(verb).env("TMPDIR", self.place.temporary()).current_dir(&self.bundle);
         command
     }
 
@@ -134,5 +146,23 @@ impl<'place> Container<'place> {
 impl Drop for Container<'_> {
     fn drop(&mut self) {
         let _ = self.try_verb("delete", &["--force"]);
+    }
+}
+
+/// Runs a command that must be refused: exit status 1, and one sentence on standard error, which contains these words.
+/// Returns the sentence.
+pub fn refusal(command: &mut Command, words: &[&str]) -> Outcome<String> {
+    let shown = programs::shown(command);
+    let output = programs::run(command)?;
+    let told = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    if output.status.code() != Some(1) {
+        return Err(format!("{shown}: {} instead of exit status 1: {told}", output.status));
+    }
+    if told.is_empty() || told.lines().count() != 1 {
+        return Err(format!("{shown}: not one sentence: {told:?}"));
+    }
+    match words.iter().find(|word| !told.to_lowercase().contains(&word.to_lowercase())) {
+        None => Ok(told),
+        Some(word) => Err(format!("{shown}: the sentence does not say {word:?}: {told}")),
     }
 }

@@ -20,6 +20,7 @@ pub const REFUSED: &[(&str, &str)] = &[
     ("file_lock", "lock"),
     ("userfaultfd", "userfaultfd"),
     ("system_v_memory", "shared memory"),
+    ("several_unsupported", "inotify"),
 ];
 
 /// The word that the refusal of this workload must contain, if it must be refused.

@@ -58,7 +58,7 @@ impl Place {
             processes::below().is_empty()
         })
         .map_err(|error| format!("{error}: {}", processes::describe(&processes::below())))?;
-        let left: Vec<String> = [self.mounts(), self.cgroups(), files(&self.temporary()), self.elsewhere()].concat();
+        let left = [self.mounts(), self.cgroups(), files(&self.temporary()), self.elsewhere()].concat();
         if left.is_empty() { Ok(()) } else { Err(format!("left behind: {}", left.join(", "))) }
     }
 

@@ -175,6 +175,17 @@ fn system_v_memory(_: &Room) -> Result<Check, Fault> {
     Ok(Box::new(move || crate::memory::holds("the segment", address, b"segment")))
 }
 
+/// Three kinds at once, one of them in a child.
+fn several_unsupported(room: &Room) -> Result<Check, Fault> {
+    let child = room.child("child", inotify)?;
+    let (mut timer, mut signal) = (timerfd(room)?, signalfd(room)?);
+    Ok(Box::new(move || {
+        child.ask()?;
+        timer()?;
+        signal()
+    }))
+}
+
 /// A row of the table.
 const fn row(name: &'static str, setup: fn(&Room) -> Result<Check, Fault>) -> Workload {
     Workload { name, setup, missing: || None }
@@ -197,4 +208,5 @@ pub const WORKLOADS: &[Workload] = &[
     row("file_lock", file_lock),
     row("userfaultfd", userfaultfd),
     row("system_v_memory", system_v_memory),
+    row("several_unsupported", several_unsupported),
 ];
