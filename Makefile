@@ -1,0 +1,44 @@
+# Ferry's everyday commands. `make test` and `make demo` install what they need with apt-get when it is missing (as root).
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+# The profile that `make demo` builds and shows: dev, which the tests build too, or release.
+PROFILE ?= dev
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+FERRY := $(TARGET)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/ferry
+
+.PHONY: all demo test check bench install packages-build packages-test
+
+all: packages-build
+	$(CARGO) build --release -p ferry
+
+demo: packages-build
+	$(CARGO) build --profile $(PROFILE) -p ferry
+	test-bundles/demo.sh $(FERRY)
+
+# nextest runs each test in a process of its own, with a time limit; the container tests need both.
+test: packages-test
+	$(CARGO) build --workspace --all-targets
+	$(CARGO) nextest run --workspace
+	$(CARGO) test --workspace --doc
+
+check: packages-build
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
+	$(CARGO) test -p ferry-test-bundles --test source
+
+bench: packages-test
+	$(CARGO) build --release -p ferry -p ferry-test-bundles
+	$(CARGO) bench --workspace
+
+# Two names for one program: called as `criu` it speaks CRIU's command line.
+install: all
+	install -D -m 755 $(TARGET)/release/ferry $(DESTDIR)$(PREFIX)/bin/ferry
+	ln -sf ferry $(DESTDIR)$(PREFIX)/bin/criu
+
+packages-build:
+	.ci/packages build
+
+packages-test: packages-build
+	.ci/packages test
