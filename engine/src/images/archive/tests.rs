@@ -1,3 +1,5 @@
+//! Archives against truncation, damage and hostile members.
+
 use std::fs::File;
 use std::io::{Cursor, Read, Seek, Write};
 
