@@ -25,12 +25,14 @@
 //! | `control` | the control files: asking, waiting for the kernel's word |
 //! | `choice` | which cgroup to freeze, and which must not be |
 //! | `guard` | the frozen state as a value |
+//! | `rescue` | a process that gives the cgroup back when ferry is killed |
 //! | `blockers` | the tasks that keep a freeze from completing |
 
 mod blockers;
 mod choice;
 mod control;
 mod guard;
+mod rescue;
 
 use std::io;
 use std::path::PathBuf;
@@ -108,6 +110,15 @@ pub enum FreezeError {
         cgroup: PathBuf,
         /// The first of the other processes.
         foreign: Vec<i32>,
+    },
+    /// The process that would thaw the cgroup if this one is killed could not be started. Nothing was frozen.
+    #[error("cannot start the process that thaws the cgroup {} if this one is killed", .cgroup.display())]
+    Rescue {
+        /// Its directory.
+        cgroup: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
     },
     /// A control file could not be read or written.
     #[error("cannot {action} {}", .file.display())]

@@ -462,17 +462,62 @@ fn on_a_hybrid_host_a_frozen_v1_cgroup_wins_and_both_are_thawed_for_ptrace() {
 }
 
 #[test]
-fn the_undo_writes_thaw_from_elsewhere() {
-    use std::io::Write;
+fn a_process_that_is_killed_leaves_the_cgroup_as_it_was_found() {
+    for_each_design(|version| {
+        for found_frozen in [false, true] {
+            let (cgroup, elsewhere) = (TestCgroup::new(version), TestCgroup::new(version));
+            let mut child = Busy::start(&cgroup.directory);
+            cgroup.wish(found_frozen);
+            // It finds the cgroup through its own, which is its argument.
+            fs::create_dir(elsewhere.directory.join(cgroup.directory.file_name().unwrap())).unwrap();
+            let mut helper = Busy::helper(&elsewhere.directory, "helper_that_freezes_and_is_killed");
+            helper.wait_for_output("frozen");
+            child.assert_stopped();
+            helper.kill();
+            if found_frozen {
+                std::thread::sleep(A_WHILE);
+                assert!(cgroup.is_frozen());
+                child.assert_stopped();
+            } else {
+                child.assert_runs();
+                assert!(!cgroup.is_frozen());
+            }
+        }
+    });
+}
+
+#[test]
+#[ignore = "helper of another test"]
+fn helper_that_freezes_and_is_killed() {
+    let Some(own) = common::helper_argument() else { return };
+    let name =
+        fs::read_dir(&own).unwrap().flatten().find(|entry| entry.file_type().unwrap().is_dir()).unwrap().file_name();
+    let _frozen = Freezer::for_path(own.with_file_name(name)).unwrap().freeze(anyone, PATIENCE).unwrap();
+    println!("frozen");
+    std::thread::sleep(Duration::from_secs(60));
+}
+
+#[test]
+fn no_process_is_left_behind() {
+    let children = || {
+        let own = std::process::id();
+        fs::read_to_string(format!("/proc/{own}/task/{own}/children")).unwrap_or_default()
+    };
     for_each_design(|version| {
         let cgroup = TestCgroup::new(version);
-        let mut child = Busy::start(&cgroup.directory);
+        let before = children();
         let frozen = Freezer::for_path(&cgroup.directory).unwrap().freeze(anyone, PATIENCE).unwrap();
-        child.assert_stopped();
-        for mut undo in frozen.undo_writes().unwrap() {
-            undo.file.write_all(undo.text.as_bytes()).unwrap();
-        }
-        child.assert_runs();
+        assert_eq!(children(), before, "nothing that a wait for any child would meet");
+        let is_held_open = || {
+            // Whoever holds a control file of this cgroup open.
+            fs::read_dir("/proc").unwrap().flatten().any(|entry| {
+                let links = fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten();
+                links.filter_map(|link| fs::read_link(link.path()).ok()).any(|file| file.starts_with(&cgroup.directory))
+            })
+        };
+        assert!(is_held_open());
+        drop(frozen);
+        wait_until("the rescuer to be gone", || !is_held_open());
     });
 }
 

@@ -10,6 +10,7 @@ use std::fs::{File, OpenOptions};
 use std::time::{Duration, Instant};
 
 use super::control::{self, State, Wish};
+use super::rescue::Rescue;
 use super::{FreezeError, Freezer, blockers};
 use crate::directory::Cgroup;
 use crate::hierarchy::{Hierarchies, Version};
@@ -17,7 +18,8 @@ use crate::hierarchy::{Hierarchies, Version};
 /// How many processes an error names.
 const NAMED: usize = 5;
 
-/// A frozen cgroup. Dropped, it gives the cgroup back as it was found: thawed, or frozen if it had been.
+/// A frozen cgroup. Dropped, it gives the cgroup back as it was found: thawed, or frozen if it had been. So it is too when
+/// this process is killed: see `rescue`.
 #[derive(Debug)]
 #[must_use = "dropping the guard thaws the cgroup"]
 pub struct Frozen {
@@ -28,13 +30,13 @@ pub struct Frozen {
     found: State,
     /// Other cgroups that were found asked to freeze, and hold these tasks or some of them.
     holders: Vec<Cgroup>,
-    /// Set once there is nothing to give back any more.
-    released: bool,
+    /// Gives back in the place of a process that was killed; taken once there is nothing to give back any more.
+    rescue: Option<Rescue>,
 }
 
-/// A write that undoes a freeze, ready to be done by another process: see [`Frozen::undo_writes`].
+/// A write that undoes a freeze, ready to be done by a process that may only make system calls.
 #[derive(Debug)]
-pub struct UndoWrite {
+pub(super) struct UndoWrite {
     /// The control file, open for writing.
     pub file: File,
     /// What to write to it.
@@ -45,13 +47,16 @@ impl Frozen {
     pub(super) fn freeze(freezer: &Freezer, timeout: Duration) -> Result<Frozen, FreezeError> {
         let deadline = Instant::now() + timeout;
         let cgroup = freezer.cgroup();
-        let frozen = Frozen {
+        let mut frozen = Frozen {
             found_asked: control::asked_to_freeze(cgroup)?,
             found: control::state(cgroup)?,
             holders: find_holders(freezer)?,
             freezer: freezer.clone(),
-            released: false,
+            rescue: None,
         };
+        let rescue = Rescue::arm(frozen.undo_writes()?);
+        frozen.rescue =
+            Some(rescue.map_err(|source| FreezeError::Rescue { cgroup: cgroup.directory().to_owned(), source })?);
         if !frozen.found_asked {
             control::ask(cgroup, Wish::Freeze)?;
         }
@@ -125,7 +130,7 @@ impl Frozen {
 
     /// Leaves the cgroup frozen for good: a pause, rather than a step of a dump.
     pub fn keep(mut self) {
-        self.released = true;
+        self.dismiss_rescue();
     }
 
     /// Thaws for good, even what was found frozen: for a container that is ended, whose tasks v1 lets die only so.
@@ -134,17 +139,12 @@ impl Frozen {
     /// As [`Frozen::thaw_for_ptrace`]; the state found is then given back.
     pub fn thaw(mut self) -> Result<(), FreezeError> {
         self.thaw_for_ptrace()?;
-        self.released = true;
+        self.dismiss_rescue();
         Ok(())
     }
 
-    /// The writes that give back the state found, with their files open, for a process that shall do it if this one is
-    /// killed. It needs nothing but write(2). Writing them more than once, or late, is harmless as long as nobody else has
-    /// changed the state meanwhile.
-    ///
-    /// # Errors
-    /// When a control file cannot be opened.
-    pub fn undo_writes(&self) -> Result<Vec<UndoWrite>, FreezeError> {
+    /// The writes that give back the state found, with their files open.
+    fn undo_writes(&self) -> Result<Vec<UndoWrite>, FreezeError> {
         self.wishes_found()
             .map(|(cgroup, wish)| {
                 let path = cgroup.directory().join(control::wish_file(cgroup.version()));
@@ -163,14 +163,21 @@ impl Frozen {
     }
 
     fn give_back(&mut self) -> Result<(), FreezeError> {
-        self.released = true;
         let mut first = Ok(());
         for (cgroup, wish) in self.wishes_found() {
             if cgroup.exists() {
                 first = first.and(control::ask(cgroup, wish));
             }
         }
+        // Not before: this process may be killed between any two of the writes.
+        self.dismiss_rescue();
         first
+    }
+
+    fn dismiss_rescue(&mut self) {
+        if let Some(rescue) = self.rescue.take() {
+            rescue.dismiss();
+        }
     }
 
     fn wait(&self, timeout: Duration, deadline: Instant) -> Result<(), FreezeError> {
@@ -189,7 +196,8 @@ impl Frozen {
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        if self.released {
+        // Without it nothing was changed, or all was given back.
+        if self.rescue.is_none() {
             return;
         }
         if let Err(error) = self.give_back() {
