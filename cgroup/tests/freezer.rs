@@ -194,6 +194,43 @@ fn ptrace_stops_are_reached_and_a_refreeze_leaves_no_gap() {
 }
 
 #[test]
+fn a_continued_tracee_runs_only_after_the_thaw() {
+    for_each_design(|version| {
+        let cgroup = TestCgroup::new(version);
+        let mut child = Busy::start(&cgroup.directory);
+        let pid = Pid::from_raw(child.pid());
+        ptrace::seize(pid, ptrace::Options::empty()).unwrap();
+        ptrace::interrupt(pid).unwrap();
+        let look = || waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)).unwrap();
+        wait_until("the stop", || matches!(look(), WaitStatus::PtraceEvent(..)));
+        let mut frozen = Freezer::for_path(&cgroup.directory).unwrap().freeze(anyone, PATIENCE).unwrap();
+        ptrace::cont(pid, None).unwrap();
+        child.assert_stopped();
+        frozen.thaw_for_ptrace().unwrap();
+        child.assert_runs();
+    });
+}
+
+#[test]
+fn a_killed_task_dies_in_v2_at_once_and_in_v1_after_the_thaw() {
+    for_each_design(|version| {
+        let cgroup = TestCgroup::new(version);
+        let mut child = Busy::start(&cgroup.directory);
+        let frozen = Freezer::for_path(&cgroup.directory).unwrap().freeze(anyone, PATIENCE).unwrap();
+        if version == Version::V1 {
+            child.send_kill();
+            std::thread::sleep(A_WHILE);
+            assert!(!child.is_dead());
+            frozen.thaw().unwrap();
+            child.kill();
+        } else {
+            child.kill();
+            assert!(cgroup.is_frozen());
+        }
+    });
+}
+
+#[test]
 fn a_task_that_cannot_freeze_makes_the_freeze_fail_in_time_and_is_named() {
     for_each_design(|version| {
         let cgroup = TestCgroup::new(version);

@@ -179,9 +179,19 @@ impl Busy {
         busy
     }
 
-    pub fn kill(&mut self) {
+    /// Sends SIGKILL.
+    pub fn send_kill(&mut self) {
         self.child.kill().unwrap();
+    }
+
+    /// Sends SIGKILL and waits for the end.
+    pub fn kill(&mut self) {
+        self.send_kill();
         self.child.wait().unwrap();
+    }
+
+    pub fn is_dead(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
     }
 
     pub fn pid(&self) -> i32 {
