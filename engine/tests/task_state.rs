@@ -61,7 +61,10 @@ impl Victim {
             let of_process = ProcessQuestions::ask(&mut batch, &process);
             let answers = batch.run().expect("questions");
             let same = |tid: HostPid| NsPid(tid.0);
-            (of_thread.answers(&answers).expect("thread"), of_process.answers(&answers, same).expect("process"))
+            let mut thread = of_thread.answers(&answers).expect("thread");
+            let process = of_process.answers(&answers, same).expect("process");
+            thread.complete(runner).expect("thread");
+            (thread, process)
         });
         let stat = Stat::read(pid).expect("stat");
         let mut table = FilterTable::default();
@@ -99,7 +102,7 @@ impl Victim {
             let mut batch = runner.batch();
             let done = restore_identity(&mut batch, core, tid).expect("identity");
             let answers = batch.run().expect("batch");
-            done.verify(pid, &answers).expect("identity");
+            done.verify(runner, &answers).expect("identity");
             timers::arm_timers(runner, times).expect("arm");
         });
         identity::restore_oom_score_adj(pid, process_oom(core)).expect("oom_score_adj");

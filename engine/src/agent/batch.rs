@@ -213,7 +213,10 @@ impl<'a> Batch<'a> {
             return Err(AgentError::Full { tid: self.runner.tid });
         }
         let slot = &self.runner.slot;
-        let operations: Vec<u8> = self.operations.iter().flat_map(|operation| operation.to_bytes()).collect();
+        let mut operations = Vec::with_capacity(self.operations.len() * OPERATION);
+        for operation in &self.operations {
+            operations.extend_from_slice(&operation.to_bytes());
+        }
         slot.write(0, &operations);
         for (offset, bytes) in &self.data {
             slot.write(*offset, bytes);

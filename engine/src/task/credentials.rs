@@ -9,12 +9,12 @@
 //! was refused but changed nothing that mattered is no failure, so a restore needs no more privilege than its target state does.
 
 use super::TaskError;
-use crate::agent::{Answers, Batch, Call, Out};
+use crate::agent::{Answers, Batch, Call, Out, Runner};
 use crate::images::creds::CredsEntry;
 use crate::sys::HostPid;
 
-/// Above the highest capability of any kernel so far (`CAP_CHECKPOINT_RESTORE` is 40); unknown ones read as absent.
-const CAPABILITIES: u64 = 48;
+/// One more than the highest capability of any kernel so far, `CAP_CHECKPOINT_RESTORE`.
+const CAPABILITIES: u64 = 41;
 /// `_LINUX_CAPABILITY_VERSION_3`, with pid 0 behind it: this thread.
 const CAPABILITY_HEADER: [u32; 2] = [0x2008_0522, 0];
 const CAPABILITY_DATA: usize = 24;
@@ -33,13 +33,12 @@ pub struct Questions {
     groups: (Call, Out),
     sets: (Call, Out),
     bounding: Vec<Call>,
-    ambient: Vec<Call>,
     securebits: Call,
     no_new_privs: Call,
 }
 
 impl Questions {
-    /// Appends some hundred calls that change nothing.
+    /// Appends some fifty calls that change nothing.
     pub fn ask(batch: &mut Batch<'_>) -> Self {
         let (uids, gids) = (batch.space(12), batch.space(12));
         let three = |out: Out| [out.addr.0, out.addr.0 + 4, out.addr.0 + 8];
@@ -48,8 +47,6 @@ impl Questions {
         let sets = batch.space(CAPABILITY_DATA);
         let mut prctl = |arguments: &[u64]| batch.call(libc::SYS_prctl, arguments);
         let bounding = (0..CAPABILITIES).map(|number| prctl(&[libc::PR_CAPBSET_READ as u64, number])).collect();
-        let is_set = [libc::PR_CAP_AMBIENT as u64, libc::PR_CAP_AMBIENT_IS_SET as u64];
-        let ambient = (0..CAPABILITIES).map(|number| prctl(&[is_set[0], is_set[1], number])).collect();
         let securebits = prctl(&[libc::PR_GET_SECUREBITS as u64]);
         let no_new_privs = prctl(&[libc::PR_GET_NO_NEW_PRIVS as u64]);
         Self {
@@ -60,13 +57,13 @@ impl Questions {
             groups: (batch.call(libc::SYS_getgroups, &[GROUPS as u64, groups.addr.0]), groups),
             sets: (batch.call(libc::SYS_capget, &[header.0, sets.addr.0]), sets),
             bounding,
-            ambient,
             securebits,
             no_new_privs,
         }
     }
 
-    /// The credentials, with ids as the thread's user namespace numbers them.
+    /// The credentials, with ids as the thread's user namespace numbers them, but for ambient capabilities
+    /// ([`complete`]).
     ///
     /// # Errors
     /// [`TaskError::Agent`]; `EINVAL` from getgroups(2) when there are more than 1,024 groups.
@@ -75,11 +72,6 @@ impl Questions {
             answers.value(call)?;
         }
         let groups = answers.value(self.groups.0)? as usize;
-        let bits = |calls: &[Call]| {
-            let is_set = |number: &usize| answers.result(calls[*number]) == Ok(1);
-            let set = (0..calls.len()).filter(is_set).fold(0u64, |set, number| set | 1 << number);
-            vec![set as u32, (set >> 32) as u32]
-        };
         // The kernel's words are effective, permitted, inheritable; low ones first.
         let set = |index: usize| [0, 12].map(|half| answers.u32_at(self.sets.1, half + 4 * index)).to_vec();
         let no_new_privs = answers.value(self.no_new_privs)? as u32;
@@ -95,16 +87,39 @@ impl Questions {
             cap_inh: set(2),
             cap_prm: set(1),
             cap_eff: set(0),
-            cap_bnd: bits(&self.bounding),
+            cap_bnd: bits(&self.bounding, answers),
             secbits: answers.value(self.securebits)? as u32,
             groups: (0..groups.min(GROUPS)).map(|index| answers.u32_at(self.groups.1, 4 * index)).collect(),
             lsm_profile: None,
             lsm_sockcreate: None,
             apparmor_data: None,
             no_new_privs: (no_new_privs > 0).then_some(no_new_privs),
-            cap_amb: bits(&self.ambient),
+            cap_amb: vec![0, 0],
         })
     }
+}
+
+fn bits(calls: &[Call], answers: &Answers<'_>) -> Vec<u32> {
+    let is_set = |number: &usize| answers.result(calls[*number]) == Ok(1);
+    let set = (0..calls.len()).filter(is_set).fold(0u64, |set, number| set | 1 << number);
+    vec![set as u32, (set >> 32) as u32]
+}
+
+/// Asks the thread for its ambient capabilities, in a batch of its own, if it can have any: they are permitted and
+/// inheritable, and few programs have inheritable ones.
+///
+/// # Errors
+/// [`TaskError::Agent`].
+pub fn complete(runner: &Runner, entry: &mut CredsEntry) -> Result<(), TaskError> {
+    if members(&entry.cap_prm) & members(&entry.cap_inh) == 0 {
+        return Ok(());
+    }
+    let mut batch = runner.batch();
+    let [option, is_set] = [libc::PR_CAP_AMBIENT as u64, libc::PR_CAP_AMBIENT_IS_SET as u64];
+    let ask = |number| batch.call(libc::SYS_prctl, &[option, is_set, number]);
+    let calls: Vec<_> = (0..CAPABILITIES).map(ask).collect();
+    entry.cap_amb = bits(&calls, &batch.run()?);
+    Ok(())
 }
 
 /// What [`restore_credentials`] set, to be compared with what the kernel says.
@@ -167,8 +182,10 @@ impl Restored {
     ///
     /// # Errors
     /// [`TaskError::Differs`] with the first difference.
-    pub fn verify(&self, tid: HostPid, answers: &Answers<'_>) -> Result<(), TaskError> {
-        let (wanted, got) = (&self.wanted, self.questions.answers(answers)?);
+    pub fn verify(&self, runner: &Runner, answers: &Answers<'_>) -> Result<(), TaskError> {
+        let (wanted, mut got) = (&self.wanted, self.questions.answers(answers)?);
+        complete(runner, &mut got)?;
+        let tid = runner.tid();
         let ids = |e: &CredsEntry| [e.uid, e.euid, e.suid, e.fsuid, e.gid, e.egid, e.sgid, e.fsgid];
         let hex = |set: &[u32]| format!("{:#x}", members(set));
         differ(tid, "user and group ids (real, effective, saved, file system)", ids(wanted), ids(&got))?;

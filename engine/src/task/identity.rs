@@ -18,8 +18,6 @@ const ROBUST_HEAD: u64 = 24;
 const PR_GET_TID_ADDRESS: u64 = 40;
 const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
 const PERSONALITY_ASK: u64 = 0xffff_ffff;
-/// What `/proc/PID/loginuid` holds when nobody logged in.
-const NO_LOGIN: u32 = u32::MAX;
 /// The value of the dumpable flag that prctl(2) cannot set: readable by root only.
 const DUMPABLE_BY_ROOT: i32 = 2;
 
@@ -150,13 +148,13 @@ pub fn collect_oom_score_adj(pid: HostPid) -> Result<i32, TaskError> {
     number(pid, "oom_score_adj")
 }
 
-/// `/proc/PID/loginuid`; none when nobody logged in, or the kernel does not audit.
+/// `/proc/PID/loginuid`; none when the kernel does not audit. All ones: nobody logged in.
 ///
 /// # Errors
 /// [`TaskError::Proc`].
 pub fn collect_loginuid(pid: HostPid) -> Result<Option<u32>, TaskError> {
     match number(pid, "loginuid") {
-        Ok(uid) => Ok((uid != NO_LOGIN).then_some(uid)),
+        Ok(uid) => Ok(Some(uid)),
         Err(TaskError::Proc { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }

@@ -21,6 +21,8 @@ use crate::sys::{HostPid, ptrace};
 const XSTATE_BV: usize = 512;
 const ST_SPACE: std::ops::Range<usize> = 32..160;
 const XMM_SPACE: std::ops::Range<usize> = 160..416;
+/// Where a thread's own descriptors lie in the GDT (arch/x86/include/asm/segment.h).
+const GDT_ENTRIES: std::ops::Range<u32> = 12..15;
 /// x87 and SSE: always in the legacy area.
 const LEGACY: u64 = 0b11;
 
@@ -66,12 +68,13 @@ pub fn dump_registers(context: &Context, clear_tid_addr: u64) -> ThreadInfoX86 {
     let mut registers = context.registers;
     arch::restart_interrupted_call(&mut registers);
     // A 64-bit thread has no descriptors of its own in the GDT; the format wants its three places all the same.
-    let empty = UserDesc { read_exec_only: true, seg_not_present: true, ..UserDesc::default() };
+    let empty =
+        |entry_number| UserDesc { entry_number, read_exec_only: true, seg_not_present: true, ..UserDesc::default() };
     ThreadInfoX86 {
         clear_tid_addr,
         gpregs: dump_general(&registers),
         fpregs: dump_extended(&context.xstate),
-        tls: vec![empty; 3],
+        tls: GDT_ENTRIES.map(empty).collect(),
     }
 }
 

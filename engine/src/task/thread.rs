@@ -6,7 +6,7 @@ use super::scheduling::{self, Scheduling};
 use super::seccomp::{self, Filter, FilterTable};
 use super::{Checks, TaskError, registers, rseq, signals};
 use crate::agent::inject::Context;
-use crate::agent::{Answers, Batch};
+use crate::agent::{Answers, Batch, Runner};
 use crate::images::core::{CoreEntry, March, RseqEntry, ThreadCoreEntry, ThreadSasEntry};
 use crate::images::creds::CredsEntry;
 use crate::images::seccomp::SeccompMode;
@@ -81,7 +81,7 @@ impl ThreadQuestions {
         }
     }
 
-    /// Reads the answers.
+    /// Reads the answers; [`ThreadAnswers::complete`] must follow.
     ///
     /// # Errors
     /// [`TaskError::Agent`].
@@ -92,6 +92,16 @@ impl ThreadQuestions {
             scheduling: self.scheduling.answer(answers)?,
             credentials: self.credentials.answers(answers)?,
         })
+    }
+}
+
+impl ThreadAnswers {
+    /// Asks what is worth asking only of some threads, in a batch of its own: not while answers of another are unread.
+    ///
+    /// # Errors
+    /// [`TaskError::Agent`].
+    pub fn complete(&mut self, runner: &Runner) -> Result<(), TaskError> {
+        credentials::complete(runner, &mut self.credentials)
     }
 }
 
@@ -159,13 +169,13 @@ pub struct RestoredIdentity {
 }
 
 impl RestoredIdentity {
-    /// Verifies that the thread has become what the image says.
+    /// Verifies that the thread has become what the image says. May run a batch: the last look at `answers`.
     ///
     /// # Errors
     /// [`TaskError::Restore`], [`TaskError::Differs`].
-    pub fn verify(&self, tid: HostPid, answers: &Answers<'_>) -> Result<(), TaskError> {
-        self.checks.verify(tid, answers)?;
-        self.credentials.verify(tid, answers)
+    pub fn verify(&self, runner: &Runner, answers: &Answers<'_>) -> Result<(), TaskError> {
+        self.checks.verify(runner.tid(), answers)?;
+        self.credentials.verify(runner, answers)
     }
 }
 
