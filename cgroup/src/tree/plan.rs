@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::properties;
-use super::{CgroupTree, Directory, HierarchyTree, Mode};
+use super::{CgroupTree, Directory, HierarchyTree, Mode, is_at_or_below};
 use crate::directory::Cgroup;
 use crate::hierarchy::{Hierarchies, Hierarchy, Version};
 
@@ -111,8 +111,8 @@ pub(super) fn plan<'a>(tree: &'a CgroupTree, mode: Mode, hierarchies: &Hierarchi
     planner.look_at_sets(tree);
     for saved in &tree.hierarchies {
         match find(hierarchies, saved) {
-            Some(hierarchy) => planner.look_at_hierarchy(saved, hierarchy),
-            None if !saved.heads.is_empty() => {
+            Some(hierarchy) => planner.look_at_hierarchy(saved, hierarchy, &paths_in(tree, saved)),
+            None if describes_cgroups(tree, saved) => {
                 planner.obstacles.push(Obstacle::NoHierarchy { hierarchy: saved.name() })
             }
             None => {}
@@ -131,6 +131,20 @@ pub(super) fn find<'a>(hierarchies: &'a Hierarchies, saved: &HierarchyTree) -> O
             .filter(|hierarchy| controllers.iter().all(|name| hierarchy.has_controller(name))),
     };
     found.filter(|hierarchy| hierarchy.mount.is_some())
+}
+
+/// Whether the image describes cgroups of the tasks in it, other than its root.
+fn describes_cgroups(tree: &CgroupTree, saved: &HierarchyTree) -> bool {
+    let is_whole = |head: &Directory| head.name.is_empty();
+    !saved.heads.iter().all(is_whole)
+        || !saved.heads.is_empty() && paths_in(tree, saved).into_iter().any(|path| path != "/")
+}
+
+/// The cgroups that tasks are in.
+fn paths_in<'a>(tree: &'a CgroupTree, saved: &HierarchyTree) -> Vec<&'a str> {
+    let name = saved.name();
+    let members = tree.sets.iter().flat_map(|set| &set.members);
+    members.filter(|member| member.hierarchy == name).map(|member| member.path.as_str()).collect()
 }
 
 struct Planner<'a> {
@@ -159,17 +173,29 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn look_at_hierarchy(&mut self, saved: &'a HierarchyTree, hierarchy: &Hierarchy) {
-        // CRIU saves the whole hierarchy when a task is in its root: those directories are not the container's.
-        for head in saved.heads.iter().filter(|head| !head.name.is_empty()) {
-            if !is_absolute(&format!("/{}", head.name)) {
-                self.obstacles.push(Obstacle::BadPath { path: head.name.clone() });
-                continue;
+    fn look_at_hierarchy(&mut self, saved: &'a HierarchyTree, hierarchy: &Hierarchy, paths: &[&str]) {
+        // CRIU saves the whole hierarchy under a head without a name when a task is in its root. Of that, only what holds other
+        // tasks of the tree is the container's.
+        let holds_tasks =
+            |child: &&Directory| paths.iter().any(|path| is_at_or_below(path, &format!("/{}", child.name)));
+        for head in &saved.heads {
+            if head.name.is_empty() {
+                head.children.iter().filter(holds_tasks).for_each(|child| self.look_at_head(child, hierarchy));
+            } else {
+                self.look_at_head(head, hierarchy);
             }
-            match hierarchy.cgroup(&format!("/{}", head.name)) {
-                Ok(cgroup) => self.look_at_directory(head, cgroup, hierarchy.version, 0),
-                Err(error) => self.obstacles.push(Obstacle::OutOfSight { reason: error.to_string() }),
-            }
+        }
+    }
+
+    fn look_at_head(&mut self, head: &'a Directory, hierarchy: &Hierarchy) {
+        let path = format!("/{}", head.name);
+        if head.name.is_empty() || !is_absolute(&path) {
+            self.obstacles.push(Obstacle::BadPath { path });
+            return;
+        }
+        match hierarchy.cgroup(&path) {
+            Ok(cgroup) => self.look_at_directory(head, cgroup, hierarchy.version, 0),
+            Err(error) => self.obstacles.push(Obstacle::OutOfSight { reason: error.to_string() }),
         }
     }
 
@@ -229,6 +255,23 @@ mod tests {
         assert!(!is_absolute(&format!("/{}", "x".repeat(256))));
     }
 
+    fn host() -> Hierarchy {
+        let mount = crate::hierarchy::Mount { point: "/nonesuch".into(), root: "/".into() };
+        Hierarchy { version: Version::V1, controllers: vec!["nonesuch".into()], mount: Some(mount) }
+    }
+
+    #[test]
+    fn of_a_whole_saved_hierarchy_only_what_holds_tasks_is_made() {
+        let children =
+            vec![directory("other", &[], vec![]), directory("own", &[], vec![directory("below", &[], vec![])])];
+        let heads = vec![directory("", &[], children)];
+        let hierarchy = HierarchyTree { controllers: vec!["nonesuch".into()], heads, threaded: true };
+        let mut planner = Planner { mode: Mode::Soft, plan: Plan::default(), obstacles: Vec::new() };
+        planner.look_at_hierarchy(&hierarchy, &host(), &["/", "/own/below"]);
+        let made: Vec<&str> = planner.plan.steps.iter().map(|step| step.cgroup.path()).collect();
+        assert_eq!(made, ["/own", "/own/below"]);
+    }
+
     #[test]
     fn hostile_trees_are_refused_with_all_reasons() {
         let mut deep = directory("x", &[], Vec::new());
@@ -241,12 +284,7 @@ mod tests {
         ];
         let hierarchy = HierarchyTree { controllers: vec!["nonesuch".into()], heads, threaded: true };
         let mut planner = Planner { mode: Mode::Soft, plan: Plan::default(), obstacles: Vec::new() };
-        let host = Hierarchy {
-            version: Version::V1,
-            controllers: vec!["nonesuch".into()],
-            mount: Some(crate::hierarchy::Mount { point: "/nonesuch".into(), root: "/".into() }),
-        };
-        planner.look_at_hierarchy(&hierarchy, &host);
+        planner.look_at_hierarchy(&hierarchy, &host(), &[]);
         let count = |kind: fn(&Obstacle) -> bool| planner.obstacles.iter().filter(|obstacle| kind(obstacle)).count();
         assert_eq!(count(|obstacle| matches!(obstacle, Obstacle::UnknownProperty { .. })), 2);
         assert_eq!(count(|obstacle| matches!(obstacle, Obstacle::BadPath { .. })), 3);

@@ -259,6 +259,9 @@ impl RestoredCgroups {
                 let cgroup = hierarchy.cgroup(&member.path)?;
                 if cgroup.exists() {
                     members.push((member.clone(), cgroup));
+                } else {
+                    let cgroup = cgroup.directory().display();
+                    tracing::warn!(%cgroup, "the image does not describe this cgroup: its tasks stay in that of ferry");
                 }
             }
             self.sets.insert(set.id, members);
