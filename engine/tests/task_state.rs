@@ -61,10 +61,9 @@ impl Victim {
             let of_process = ProcessQuestions::ask(&mut batch, &process);
             let answers = batch.run().expect("questions");
             let same = |tid: HostPid| NsPid(tid.0);
-            let mut thread = of_thread.answers(&answers).expect("thread");
+            let thread = of_thread.answers(&answers).expect("thread");
             let process = of_process.answers(&answers, same).expect("process");
-            thread.complete(runner).expect("thread");
-            (thread, process)
+            (thread.complete(runner).expect("thread"), process)
         });
         let stat = Stat::read(pid).expect("stat");
         let mut table = FilterTable::default();

@@ -81,27 +81,32 @@ impl ThreadQuestions {
         }
     }
 
-    /// Reads the answers; [`ThreadAnswers::complete`] must follow.
+    /// Reads the answers.
     ///
     /// # Errors
     /// [`TaskError::Agent`].
-    pub fn answers(&self, answers: &Answers<'_>) -> Result<ThreadAnswers, TaskError> {
-        Ok(ThreadAnswers {
+    pub fn answers(&self, answers: &Answers<'_>) -> Result<FirstAnswers, TaskError> {
+        Ok(FirstAnswers(ThreadAnswers {
             settings: self.settings.answers(answers)?,
             stack: self.stack.answer(answers)?,
             scheduling: self.scheduling.answer(answers)?,
             credentials: self.credentials.answers(answers)?,
-        })
+        }))
     }
 }
 
-impl ThreadAnswers {
-    /// Asks what is worth asking only of some threads, in a batch of its own: not while answers of another are unread.
+/// Answers of a thread, of which some may be worth asking more: [`Self::complete`] gives them all.
+#[must_use]
+pub struct FirstAnswers(ThreadAnswers);
+
+impl FirstAnswers {
+    /// Asks the rest, in a batch of its own if there is any: not while answers of another batch are unread.
     ///
     /// # Errors
     /// [`TaskError::Agent`].
-    pub fn complete(&mut self, runner: &Runner) -> Result<(), TaskError> {
-        credentials::complete(runner, &mut self.credentials)
+    pub fn complete(mut self, runner: &Runner) -> Result<ThreadAnswers, TaskError> {
+        credentials::complete(runner, &mut self.0.credentials)?;
+        Ok(self.0)
     }
 }
 
