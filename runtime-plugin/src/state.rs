@@ -493,3 +493,83 @@ fn library_error<E: std::error::Error + Send + Sync + 'static>(id: &str) -> impl
     let id = id.to_owned();
     move |error| StateError::Library { id, source: Box::new(error) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lifecycle::delete;
+
+    fn bundle() -> (tempfile::TempDir, Spec) {
+        let directory = tempfile::tempdir().unwrap();
+        let mut spec = Spec::default();
+        spec.root_mut().as_mut().unwrap().set_path(directory.path().to_owned());
+        (directory, spec)
+    }
+
+    fn name(what: &str) -> String {
+        format!("ferry-unit-{what}-{}", std::process::id())
+    }
+
+    #[test]
+    fn a_process_that_is_there_already_becomes_a_container() {
+        let (bundle, spec) = bundle();
+        let root = bundle.path().join("state");
+        let id = name("restored");
+        let cgroup = ContainerCgroup::of_spec(&spec, &id, false).unwrap();
+        let new = NewContainer::claim(&root, &id, bundle.path(), &spec, cgroup).unwrap();
+        let limits = serde_json::from_str(r#"{"pids":{"limit":17}}"#).unwrap();
+        new.cgroup().create(Some(&limits)).unwrap();
+        let mut process = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(process.id()).unwrap();
+        new.cgroup().add(pid).unwrap();
+        assert_eq!(Container::load(&root, &id).unwrap().status, Status::Creating);
+        let container = new.keep(pid, ContainerStatus::Running).unwrap();
+        assert_eq!(container.status, Status::Running);
+        assert_eq!(container.cgroup.processes().unwrap().into_iter().collect::<Vec<i32>>(), [pid]);
+        assert_eq!(container.library().unwrap().pid().map(|pid| pid.as_raw()), Some(pid));
+
+        container.cgroup.freeze().unwrap();
+        assert_eq!(Container::load(&root, &id).unwrap().status, Status::Paused);
+        container.cgroup.thaw().unwrap();
+        let again = ContainerCgroup::of_spec(&spec, &id, false).unwrap();
+        assert!(matches!(again.claim(), Err(CgroupError::InUse { .. })));
+
+        delete::destroy(&container).unwrap();
+        process.wait().unwrap();
+        assert!(container.cgroup.directories().values().all(|directory| !directory.exists()));
+        assert!(matches!(Container::load(&root, &id), Err(StateError::Missing { .. })));
+    }
+
+    #[test]
+    fn a_container_that_is_given_up_leaves_nothing() {
+        let (bundle, spec) = bundle();
+        let root = bundle.path().join("state");
+        let id = name("given-up");
+        let cgroup = ContainerCgroup::of_spec(&spec, &id, false).unwrap();
+        let new = NewContainer::claim(&root, &id, bundle.path(), &spec, cgroup.clone()).unwrap();
+        new.cgroup().create(None).unwrap();
+        let mut process = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+        new.cgroup().add(i32::try_from(process.id()).unwrap()).unwrap();
+        assert!(cgroup.directories().values().all(|directory| directory.exists()));
+        drop(new);
+        assert!(!process.wait().unwrap().success(), "what is in the cgroup is killed");
+        assert!(cgroup.directories().values().all(|directory| !directory.exists()));
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_pid_that_another_process_has_now_is_a_stopped_container() {
+        let (bundle, spec) = bundle();
+        let root = bundle.path().join("state");
+        let id = name("reused");
+        let cgroup = ContainerCgroup::of_spec(&spec, &id, false).unwrap();
+        let new = NewContainer::claim(&root, &id, bundle.path(), &spec, cgroup).unwrap();
+        let this = i32::try_from(std::process::id()).unwrap();
+        let container = new.keep(this, ContainerStatus::Running).unwrap();
+        let file = container.directory.join(RECORD);
+        let mut record: Record = read_json(&file).unwrap();
+        record.init = record.init.map(|init| RecordedInit { start_time: init.start_time + 1, ..init });
+        write_json(&file, &record).unwrap();
+        assert_eq!(Container::load(&root, &id).unwrap().status, Status::Stopped);
+    }
+}

@@ -3,12 +3,13 @@
 
 #![cfg(feature = "oci")]
 #![allow(missing_docs, reason = "a test binary has no users")]
+#![allow(clippy::print_stdout, reason = "a skipped test says so")]
 
 mod bundle;
 
 use std::fs;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use bundle::{Fixture, wait_until};
@@ -334,6 +335,54 @@ fn created_and_stopped_containers_have_nothing_to_checkpoint() {
 }
 
 #[test]
+fn containers_of_runc_are_found_through_their_state() {
+    if Command::new("runc").arg("--version").output().is_err() {
+        println!("SKIPPED: runc is not installed");
+        return;
+    }
+    let fixture = Fixture::new("runc", &["/bin/sleep", "1000"]);
+    let runc_root = fixture.directory().join("runc");
+    let runc = |args: &[&str]| {
+        let mut command = Command::new("runc");
+        command.arg("--root").arg(&runc_root).args(args).current_dir(fixture.bundle());
+        let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        assert!(status.unwrap().success(), "runc {args:?}");
+    };
+    let told = |args: &[&str]| {
+        let output = fixture.ferry(&[]).arg("--root").arg(&runc_root).args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    runc(&["create", &fixture.id]);
+    assert!(told(&["checkpoint", &fixture.id]).contains("it is created"));
+    runc(&["start", &fixture.id]);
+    assert!(told(&["kill", &fixture.id]).contains("belongs to runc"));
+    assert!(told(&["delete", "--force", &fixture.id]).contains("belongs to runc"));
+    runc(&["kill", &fixture.id, "KILL"]);
+    wait_until("it has ended", || told(&["checkpoint", &fixture.id]).contains("it is stopped"));
+    runc(&["delete", &fixture.id]);
+    assert!(told(&["checkpoint", &fixture.id]).contains("does not exist"));
+}
+
+#[test]
+fn the_seccomp_filter_holds_for_exec_too() {
+    let mut fixture = Fixture::new("seccomp", &["/bin/sleep", "1000"]);
+    fixture.change(|config| {
+        config["linux"]["seccomp"] = serde_json::json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95}],
+        });
+    });
+    fixture.run_detached();
+    let output = fixture.ferry(&["exec", &fixture.id, "/bin/busybox", "mkdir", "/tmp/x"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("Operation not supported"));
+    let filters =
+        |pid: &str| fixture.exec(&["/bin/busybox", "grep", "Seccomp_filters", &format!("/proc/{pid}/status")]);
+    assert_eq!(filters("1"), filters("self"));
+    fixture.succeeds(&["delete", "--force", &fixture.id]);
+}
+
+#[test]
 fn descriptors_are_passed_on_only_when_asked() {
     let fixture = Fixture::new("fds", &["/bin/sh", "-c", "ls -l /proc/self/fd > /tmp/fds; cat <&3; exit 0"]);
     let content = fixture.directory().join("content");
@@ -347,7 +396,7 @@ fn descriptors_are_passed_on_only_when_asked() {
             fixture.bundle().display(),
             fixture.id
         );
-        std::process::Command::new("/bin/sh").args(["-c", &script]).output().unwrap()
+        Command::new("/bin/sh").args(["-c", &script]).output().unwrap()
     };
     assert_eq!(String::from_utf8_lossy(&run("--preserve-fds 1").stdout), "through descriptor 3");
     let fds = fs::read_to_string(fixture.bundle().join("rootfs/tmp/fds")).unwrap();
