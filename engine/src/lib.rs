@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod error;
+pub mod files;
 pub mod freeze;
 pub mod images;
 pub mod memory;

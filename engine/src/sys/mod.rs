@@ -7,6 +7,7 @@
 pub mod clone;
 pub mod cpuid;
 pub mod kcmp;
+pub mod owner;
 pub mod pagemap;
 pub mod pidfd;
 pub mod process_vm;

@@ -1,0 +1,517 @@
+//! Every descriptor of every task, and which of them share a description.
+//!
+//! Per descriptor: a readlink(2), a statx(2), and the reading of its fdinfo; kinds that those do not tell enough about are
+//! duplicated (pidfd_getfd(2), Linux 5.6). kcmp(2) is asked only about descriptors that look alike in every other way, and, since it
+//! orders what it compares, a few times even when thousands do.
+//!
+//! On a tree that runs, whatever vanishes between two looks is passed over.
+
+use std::cmp::Ordering;
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Statx, openat, readlinkat_raw, statx};
+use rustix::path::DecInt;
+
+use super::event;
+use super::fdinfo::FdInfo;
+use super::ghost::Ghosts;
+use super::owner::{collect_owner, nobody};
+use super::pipe::Pipes;
+use super::regular::{self, Found, Paths, STATX};
+use super::{FilesOptions, Problem, TaskRef};
+use crate::error::Refusal;
+use crate::images::Kind;
+use crate::images::encode;
+use crate::images::files::{FdType, FdinfoEntry, FileEntry};
+use crate::images::pipe::{FifoEntry, PipeEntry};
+use crate::images::regfile::RegFileEntry;
+use crate::sys::kcmp::{self, compare};
+use crate::sys::{HostPid, NsPid, pidfd};
+
+/// Longest path that the kernel tells.
+const PATH_MAX: usize = 4096;
+
+/// What a dump writes about descriptors.
+#[derive(Debug, Default)]
+pub struct FilesDump {
+    /// `files.img`.
+    pub files: Vec<FileEntry>,
+    /// `fdinfo-N.img`, by N.
+    pub fdinfo: Vec<(u32, Vec<FdinfoEntry>)>,
+    /// All other images, by name: contents of pipes, deleted files, stand-ins for lost names.
+    pub images: Vec<(String, Vec<u8>)>,
+}
+
+/// Who holds an object, for messages.
+#[derive(Clone, Debug)]
+struct Holder {
+    pid: NsPid,
+    comm: String,
+    /// The descriptor's number; none for directories, executables and mappings.
+    fd: Option<u32>,
+    object: String,
+    of_root: bool,
+}
+
+impl Holder {
+    fn refusal(&self, problem: Problem) -> Refusal {
+        let object = match self.fd {
+            Some(fd) => format!("fd {fd}, {}", self.object),
+            None => self.object.clone(),
+        };
+        let Problem { problem, remedy } = problem;
+        Refusal { pid: self.pid, comm: self.comm.clone(), object, problem, remedy }
+    }
+}
+
+/// What must be equal for two descriptors to share a description. `mark` tells apart objects that share an inode.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Likeness {
+    device: (u32, u32),
+    inode: u64,
+    pos: u64,
+    flags: u32,
+    mark: u64,
+}
+
+/// A description, by the first descriptor found of it.
+#[derive(Clone, Copy)]
+struct Known {
+    pid: HostPid,
+    fd: u32,
+    id: u32,
+    kind: FdType,
+}
+
+/// Why a descriptor is not saved.
+enum Skip {
+    /// It, or its task, is gone; the tree runs.
+    Gone,
+    Refused(Problem),
+}
+
+impl From<Problem> for Skip {
+    fn from(problem: Problem) -> Self {
+        Self::Refused(problem)
+    }
+}
+
+/// Room for what the kernel says, used again for every descriptor.
+struct Buffers {
+    link: Vec<MaybeUninit<u8>>,
+    info: Vec<u8>,
+}
+
+/// One descriptor, as found.
+struct Descriptor<'a> {
+    task: &'a TaskRef<'a>,
+    fd: u32,
+    name: &'a [u8],
+    stat: &'a Statx,
+    info: FdInfo<'a>,
+}
+
+/// Collects the descriptors of a tree, task by task.
+pub struct FilesCollector {
+    options: FilesOptions,
+    root: HostPid,
+    paths: Paths,
+    buffers: Buffers,
+    next_id: u32,
+    /// Descriptor tables in the order of kcmp(2), with a task that has each, and its number.
+    tables: Vec<(HostPid, u32)>,
+    alike: HashMap<Likeness, Vec<Known>>,
+    special: HashMap<(u32, u32, u64, Vec<u8>), u32>,
+    ghosts: Ghosts,
+    pipes: Pipes<Holder>,
+    fifos: Pipes<Holder>,
+    refusals: Vec<Refusal>,
+    dump: FilesDump,
+}
+
+impl FilesCollector {
+    /// Begins with the tree below `root`, whose mount namespace all tasks must be in.
+    ///
+    /// # Errors
+    /// Those of reading `/proc/PID`: the process may be gone.
+    pub fn new(root: HostPid, options: FilesOptions) -> io::Result<Self> {
+        Ok(Self {
+            options,
+            root,
+            paths: Paths::of(root)?,
+            buffers: Buffers { link: vec![MaybeUninit::uninit(); PATH_MAX], info: vec![0; 64 << 10] },
+            next_id: 1,
+            tables: Vec::new(),
+            alike: HashMap::new(),
+            special: HashMap::new(),
+            ghosts: Ghosts::default(),
+            pipes: Pipes::default(),
+            fifos: Pipes::default(),
+            refusals: Vec::new(),
+            dump: FilesDump::default(),
+        })
+    }
+
+    /// Collects the descriptor table of a task, unless one that shares it was there before. Returns the table's number.
+    pub fn add_task(&mut self, task: &TaskRef<'_>) -> u32 {
+        let order = self.tables.binary_search_by(|(other, _)| {
+            compare(kcmp::Kind::Files, (*other, 0), (task.pid, 0)).unwrap_or(Ordering::Less)
+        });
+        match order {
+            Ok(index) => self.tables[index].1,
+            Err(index) => {
+                let number = self.tables.len() as u32 + 1;
+                self.tables.insert(index, (task.pid, number));
+                let entries = self.collect_table(task);
+                self.dump.fdinfo.push((number, entries));
+                number
+            }
+        }
+    }
+
+    fn collect_table(&mut self, task: &TaskRef<'_>) -> Vec<FdinfoEntry> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let open = |name| rustix::fs::open(format!("/proc/{}/{name}", task.pid), flags, Mode::empty());
+        let (links, infos, numbers) = match open("fd").and_then(|links| {
+            let numbers = numbers(&links)?;
+            Ok((links, open("fdinfo")?, numbers))
+        }) {
+            Ok(opened) => opened,
+            Err(error) => {
+                if self.options.stopped {
+                    let holder = self.holder(task, None, "its descriptors".into());
+                    self.refusals.push(holder.refusal(Problem::unreadable("the table", error)));
+                }
+                return Vec::new();
+            }
+        };
+        let mut entries = Vec::with_capacity(numbers.len());
+        let mut buffers = std::mem::replace(&mut self.buffers, Buffers { link: Vec::new(), info: Vec::new() });
+        for fd in numbers {
+            match self.collect_descriptor(task, fd, links.as_fd(), infos.as_fd(), &mut buffers) {
+                Ok(entry) => entries.push(entry),
+                Err((_, Skip::Gone)) => {}
+                Err((name, Skip::Refused(problem))) => {
+                    let holder = self.holder(task, Some(fd), name);
+                    self.refusals.push(holder.refusal(problem));
+                }
+            }
+        }
+        self.buffers = buffers;
+        entries
+    }
+
+    fn holder(&self, task: &TaskRef<'_>, fd: Option<u32>, object: String) -> Holder {
+        Holder { pid: task.ns_pid, comm: task.comm.to_owned(), fd, object, of_root: task.pid == self.root }
+    }
+
+    /// Whether an error means that a running task closed the descriptor, or ended.
+    fn unreadable(&self, what: &str, error: rustix::io::Errno) -> Skip {
+        use rustix::io::Errno;
+        match error {
+            Errno::NOENT | Errno::SRCH | Errno::BADF if !self.options.stopped => Skip::Gone,
+            error => Skip::Refused(Problem::unreadable(what, error)),
+        }
+    }
+
+    fn collect_descriptor(
+        &mut self,
+        task: &TaskRef<'_>,
+        fd: u32,
+        links: BorrowedFd<'_>,
+        infos: BorrowedFd<'_>,
+        buffers: &mut Buffers,
+    ) -> Result<FdinfoEntry, (String, Skip)> {
+        let unnamed = |skip| (String::from("its object"), skip);
+        let number = DecInt::new(fd);
+        let (name, _) = readlinkat_raw(links, number.as_c_str(), &mut buffers.link[..])
+            .map_err(|error| unnamed(self.unreadable("its name", error)))?;
+        let named = |skip| (String::from_utf8_lossy(name).into_owned(), skip);
+        let stat = statx(links, number.as_c_str(), AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC, STATX)
+            .map_err(|error| named(self.unreadable("its inode", error)))?;
+        let text = read_info(infos, number.as_c_str(), &mut buffers.info)
+            .map_err(|error| named(self.unreadable("its fdinfo", error)))?;
+        let info = FdInfo::parse(text)
+            .ok_or_else(|| named(Problem::new("the kernel does not describe it as proc(5) says", "").into()))?;
+        let descriptor = Descriptor { task, fd, name, stat: &stat, info };
+        let (id, kind) = self.description(&descriptor).map_err(named)?;
+        let flags = if info.cloexec { libc::FD_CLOEXEC as u32 } else { 0 };
+        Ok(FdinfoEntry { id, flags, r#type: kind as i32, fd, xattr_security_selinux: None })
+    }
+
+    /// The description that a descriptor names: a known one, or a new one, which is dumped.
+    fn description(&mut self, descriptor: &Descriptor<'_>) -> Result<(u32, FdType), Skip> {
+        let Descriptor { task, fd, stat, info, .. } = *descriptor;
+        if let Some(lock) = info.locks().next().filter(|_| !self.options.file_locks) {
+            let text = format!("it holds a file lock ({lock})");
+            return Err(Problem::new(text, "save locks with --file-locks").into());
+        }
+        let likeness = Likeness {
+            device: (stat.stx_dev_major, stat.stx_dev_minor),
+            inode: stat.stx_ino,
+            pos: info.pos,
+            flags: info.flags,
+            mark: info.field("eventfd-id").and_then(|id| id.parse().ok()).unwrap_or(0),
+        };
+        let index = match self.alike.get(&likeness) {
+            Some(alike) => match position(alike, task.pid, fd) {
+                Ok(index) => return Ok((alike[index].id, alike[index].kind)),
+                Err(index) => index,
+            },
+            None => 0,
+        };
+        let id = self.new_id();
+        let entry = self.dump_description(descriptor, id)?;
+        let kind = entry.r#type();
+        self.dump.files.push(entry);
+        self.alike.entry(likeness).or_default().insert(index, Known { pid: task.pid, fd, id, kind });
+        Ok((id, kind))
+    }
+
+    fn new_id(&mut self) -> u32 {
+        let id = self.next_id;
+        self.next_id += 1;
+        id
+    }
+
+    fn dump_description(&mut self, descriptor: &Descriptor<'_>, id: u32) -> Result<FileEntry, Skip> {
+        let Descriptor { name, stat, info, .. } = *descriptor;
+        let file_type = FileType::from_raw_mode(stat.stx_mode.into());
+        let path_only = info.flags & libc::O_PATH as u32 != 0;
+        let entry = |kind: FdType| FileEntry { r#type: kind as i32, id, ..FileEntry::default() };
+        if path_only || name.starts_with(b"/") {
+            if file_type == FileType::Fifo && !path_only {
+                let fifo = self.dump_fifo(descriptor, id)?;
+                return Ok(FileEntry { fifo: Some(fifo), ..entry(FdType::Fifo) });
+            }
+            let reg = self.dump_path(descriptor, id)?;
+            return Ok(FileEntry { reg: Some(reg), ..entry(FdType::Reg) });
+        }
+        let duplicate = self.duplicate(descriptor)?;
+        let fown = collect_owner(duplicate.as_fd())?;
+        match name {
+            b"anon_inode:[eventfd]" => {
+                Ok(FileEntry { efd: Some(event::collect_eventfd(id, &info, fown)?), ..entry(FdType::Eventfd) })
+            }
+            b"anon_inode:[signalfd]" => {
+                Ok(FileEntry { sgfd: Some(event::collect_signalfd(id, &info, fown)?), ..entry(FdType::Signalfd) })
+            }
+            b"anon_inode:[timerfd]" => {
+                Ok(FileEntry { tfd: Some(event::collect_timerfd(id, &info, fown)?), ..entry(FdType::Timerfd) })
+            }
+            _ if name.starts_with(b"pipe:[") => {
+                let holder = self.holder_of(descriptor);
+                let pipe_id = stat.stx_ino as u32;
+                self.pipes.collect(pipe_id, info.flags, duplicate.as_fd(), holder, self.options.stopped)?;
+                let pipe = PipeEntry { id, pipe_id, flags: info.flags, fown };
+                Ok(FileEntry { pipe: Some(pipe), ..entry(FdType::Pipe) })
+            }
+            _ => {
+                let text = format!("{} cannot be saved yet", kind_of(name));
+                Err(Problem::new(text, "have the program close it before the checkpoint").into())
+            }
+        }
+    }
+
+    fn holder_of(&self, descriptor: &Descriptor<'_>) -> Holder {
+        let name = String::from_utf8_lossy(descriptor.name).into_owned();
+        self.holder(descriptor.task, Some(descriptor.fd), name)
+    }
+
+    fn duplicate(&self, descriptor: &Descriptor<'_>) -> Result<OwnedFd, Skip> {
+        pidfd::get_fd(descriptor.task.pidfd, descriptor.fd as i32)
+            .map_err(|errno| self.unreadable("the descriptor", rustix::io::Errno::from_raw_os_error(errno as i32)))
+    }
+
+    fn dump_fifo(&mut self, descriptor: &Descriptor<'_>, id: u32) -> Result<FifoEntry, Skip> {
+        let regf_id = self.new_id();
+        let mut reg = self.dump_path(descriptor, regf_id)?;
+        let duplicate = self.duplicate(descriptor)?;
+        reg.fown = collect_owner(duplicate.as_fd())?;
+        let file = FileEntry { r#type: FdType::Reg as i32, id: regf_id, reg: Some(reg), ..FileEntry::default() };
+        let pipe_id = descriptor.stat.stx_ino as u32;
+        let holder = self.holder_of(descriptor);
+        let flags = descriptor.info.flags;
+        self.fifos.collect(pipe_id, flags, duplicate.as_fd(), holder, self.options.stopped)?;
+        self.dump.files.push(file);
+        Ok(FifoEntry { id, pipe_id, regf_id: Some(regf_id) })
+    }
+
+    fn dump_path(&mut self, descriptor: &Descriptor<'_>, id: u32) -> Result<RegFileEntry, Skip> {
+        let Descriptor { task, fd, name, stat, info } = *descriptor;
+        let found = Found { name, stat, mnt_id: info.mnt_id, flags: info.flags };
+        let fown = if info.flags & libc::O_ASYNC as u32 != 0 {
+            collect_owner(self.duplicate(descriptor)?.as_fd())?
+        } else {
+            nobody()
+        };
+        let source = format!("/proc/{}/fd/{fd}", task.pid);
+        Ok(RegFileEntry { pos: info.pos, fown, ..self.dump_file(&found, id, &source)? })
+    }
+
+    /// A file by its name; `source` is the link of proc(5) that leads to it.
+    fn dump_file(&mut self, found: &Found<'_>, id: u32, source: &str) -> Result<RegFileEntry, Problem> {
+        let mut entry = RegFileEntry {
+            id,
+            flags: found.flags,
+            mode: Some(found.stat.stx_mode.into()),
+            size: regular::recorded_size(found),
+            ..RegFileEntry::default()
+        };
+        let external = format!("file[{:x}:{:x}]", found.mnt_id, found.stat.stx_ino);
+        if self.options.external.contains(&external) {
+            return Ok(RegFileEntry { name: external.into_bytes(), ext: Some(true), size: None, ..entry });
+        }
+        regular::check_type(found)?;
+        let name = self.paths.name(found)?;
+        if name.deleted {
+            self.ghosts.dump(id, source, found.stat, self.options.ghost_limit, self.options.stopped)?;
+        }
+        entry.name = name.path;
+        entry.mnt_id = name.mnt_id;
+        Ok(entry)
+    }
+
+    /// A file that no descriptor holds: `link` is a name in `/proc/PID`.
+    fn add_link(&mut self, task: &TaskRef<'_>, link: &str, what: &str) -> Option<u32> {
+        let source = format!("/proc/{}/{link}", task.pid);
+        let read = || -> rustix::io::Result<(Vec<u8>, Statx)> {
+            let name = rustix::fs::readlink(&source, Vec::new())?.into_bytes();
+            Ok((name, regular::stat_link(rustix::fs::CWD, &source)?))
+        };
+        let (name, stat) = match read() {
+            Ok(read) => read,
+            Err(error) => {
+                if let Skip::Refused(problem) = self.unreadable("the file", error) {
+                    let refusal = self.holder(task, None, what.into()).refusal(problem);
+                    self.refusals.push(refusal);
+                }
+                return None;
+            }
+        };
+        let key = (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino, name);
+        if let Some(id) = self.special.get(&key) {
+            return Some(*id);
+        }
+        let id = self.new_id();
+        let found = Found { name: &key.3, stat: &stat, mnt_id: stat.stx_mnt_id as i32, flags: 0 };
+        match self.dump_file(&found, id, &source) {
+            Ok(reg) => {
+                let entry = FileEntry { r#type: FdType::Reg as i32, id, reg: Some(reg), ..FileEntry::default() };
+                self.dump.files.push(entry);
+                self.special.insert(key, id);
+                Some(id)
+            }
+            Err(problem) => {
+                let object = format!("{what}, {}", String::from_utf8_lossy(&key.3));
+                let refusal = self.holder(task, None, object).refusal(problem);
+                self.refusals.push(refusal);
+                None
+            }
+        }
+    }
+
+    /// The number of the file that `range` maps; none if it is refused or gone.
+    pub fn add_mapping(&mut self, task: &TaskRef<'_>, range: std::ops::Range<u64>) -> Option<u32> {
+        let range = format!("{:x}-{:x}", range.start, range.end);
+        self.add_link(task, &format!("map_files/{range}"), &format!("mapping {range}"))
+    }
+
+    /// The number of the task's executable; none if it is refused or gone.
+    pub fn add_exe(&mut self, task: &TaskRef<'_>) -> Option<u32> {
+        self.add_link(task, "exe", "its executable")
+    }
+
+    /// The number of the task's working directory; none if it is refused or gone.
+    pub fn add_cwd(&mut self, task: &TaskRef<'_>) -> Option<u32> {
+        self.add_link(task, "cwd", "its working directory")
+    }
+
+    /// The number of the task's root directory; none if it is refused or gone.
+    pub fn add_root(&mut self, task: &TaskRef<'_>) -> Option<u32> {
+        self.add_link(task, "root", "its root directory")
+    }
+
+    /// Everything that cannot be saved, once all tasks have been added.
+    pub fn refusals(&self) -> Vec<Refusal> {
+        let mut refusals = self.refusals.clone();
+        let pipes = self.pipes.half_outside().map(|(inode, holder)| (format!("pipe[{inode}]"), holder));
+        let fifos = self.fifos.half_outside().map(|(inode, holder)| (format!("fifo[{inode}]"), holder));
+        for (key, holder) in pipes.chain(fifos) {
+            let stdio = self.options.outside_stdio && holder.of_root && holder.fd.is_some_and(|fd| fd <= 2);
+            if stdio || self.options.external.contains(&key) {
+                continue;
+            }
+            refusals.push(holder.refusal(Problem::new(
+                "its other end is held by a process outside the tree",
+                format!("name it with --external {key} and give it back at restore (--inherit-fd), or close it"),
+            )));
+        }
+        refusals
+    }
+
+    /// The records of all that was added.
+    pub fn finish(mut self) -> FilesDump {
+        let mut put = |kind: Kind, image: Vec<u8>| {
+            if image != kind.magic() {
+                self.dump.images.push((kind.name(), image));
+            }
+        };
+        put(Kind::PipesData, self.pipes.image(Kind::PipesData));
+        put(Kind::FifoData, self.fifos.image(Kind::FifoData));
+        put(Kind::RemapFpath, encode(Kind::RemapFpath, &self.ghosts.remaps));
+        self.dump.images.append(&mut self.ghosts.images);
+        self.dump
+    }
+}
+
+/// The description of `pid`'s descriptor `fd` among those alike, or where it belongs.
+fn position(alike: &[Known], pid: HostPid, fd: u32) -> Result<usize, usize> {
+    alike
+        .binary_search_by(|known| compare(kcmp::Kind::File, (known.pid, known.fd), (pid, fd)).unwrap_or(Ordering::Less))
+}
+
+/// What people call an object that is no file.
+fn kind_of(name: &[u8]) -> String {
+    let name = String::from_utf8_lossy(name);
+    match name.split_once(":[") {
+        Some(("anon_inode", kind)) => format!("{} descriptors", kind.trim_end_matches(']')),
+        Some((kind @ ("net" | "mnt" | "pid" | "uts" | "ipc" | "user" | "cgroup" | "time"), _)) => {
+            format!("descriptors of a namespace ({kind})")
+        }
+        _ => format!("objects of this kind ({name})"),
+    }
+}
+
+/// The entries of a directory that are numbers, ascending.
+fn numbers(directory: &OwnedFd) -> rustix::io::Result<Vec<u32>> {
+    let mut buffer = Vec::with_capacity(32 << 10);
+    let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
+    let mut numbers = Vec::new();
+    while let Some(entry) = entries.next() {
+        if let Some(number) = entry?.file_name().to_str().ok().and_then(|name| name.parse().ok()) {
+            numbers.push(number);
+        }
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// Reads an fdinfo file into `buffer`, which grows when an epoll instance has much to say.
+fn read_info<'a>(directory: BorrowedFd<'_>, number: &CStr, buffer: &'a mut Vec<u8>) -> rustix::io::Result<&'a str> {
+    let file = openat(directory, number, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut len = 0;
+    loop {
+        // fdinfo is one record of a sequence file: a reading that leaves room has all of it (fs/seq_file.c).
+        len += rustix::io::read(&file, &mut buffer[len..])?;
+        if len < buffer.len() {
+            break;
+        }
+        buffer.resize(buffer.len() * 2, 0);
+    }
+    std::str::from_utf8(&buffer[..len]).map_err(|_| rustix::io::Errno::ILSEQ)
+}

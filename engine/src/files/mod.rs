@@ -1,0 +1,88 @@
+//! Descriptors and what they name: both halves, dump and restore, object by object.
+//!
+//! | file | what it owns |
+//! | --- | --- |
+//! | `collect` | the walk over descriptor tables: [`FilesCollector`]; which descriptors share a description |
+//! | `fdinfo`, `mounts`, `owner` | what the kernel says of every descriptor alike |
+//! | `regular`, `ghost`, `pipe`, `event` … | one kind of object each: its dump and its restore |
+//! | `plan`, `restore`, `session` | who makes which description at restore, when, and the batches that do it: [`RestorePlan`] |
+//!
+//! Sockets have their own folder, [`crate::sockets`].
+//!
+//! A dump looks from outside: `/proc/PID/fd`, `/proc/PID/fdinfo`, and duplicates by pidfd_getfd(2). A restore makes
+//! each open file description once, in the lowest common ancestor of its holders, and lets clone(2) hand it down.
+
+mod collect;
+mod event;
+mod fdinfo;
+mod ghost;
+mod ghost_restore;
+mod mounts;
+mod owner;
+mod pipe;
+mod plan;
+mod regular;
+mod restore;
+pub(crate) mod session;
+
+use std::collections::BTreeSet;
+use std::os::fd::BorrowedFd;
+
+pub use collect::{FilesCollector, FilesDump};
+pub use plan::{Inherited, Obstacle, RestoreFilesError, RestorePlan, RestoreTask};
+
+use crate::sys::{HostPid, NsPid};
+
+/// A process as the collectors of kernel objects are told of it.
+#[derive(Clone, Copy, Debug)]
+pub struct TaskRef<'a> {
+    /// Its id as ferry sees it.
+    pub pid: HostPid,
+    /// Its id as its own namespace sees it.
+    pub ns_pid: NsPid,
+    /// Its name.
+    pub comm: &'a str,
+    /// A descriptor of it (pidfd_open(2)).
+    pub pidfd: BorrowedFd<'a>,
+}
+
+/// How descriptors are to be saved.
+#[derive(Clone, Debug)]
+pub struct FilesOptions {
+    /// Whether the tree is stopped and contents are read; otherwise only what would keep a dump from succeeding is sought,
+    /// and tasks and descriptors that vanish meanwhile are passed over.
+    pub stopped: bool,
+    /// Largest deleted file whose content is saved, in bytes of storage.
+    pub ghost_limit: u64,
+    /// Objects that a restore will be given from outside: `file[MNT:INO]`, `pipe[INO]`, `socket[INO]` (mount ids in
+    /// hexadecimal, inodes of files in hexadecimal and of the others in decimal, as CRIU writes them).
+    pub external: BTreeSet<String>,
+    /// Whether the other ends of pipes and the files that the root task has at descriptors 0 to 2 may lie outside the tree.
+    pub outside_stdio: bool,
+    /// Whether file locks are saved.
+    pub file_locks: bool,
+}
+
+impl Default for FilesOptions {
+    fn default() -> Self {
+        Self { stopped: true, ghost_limit: 1 << 20, external: BTreeSet::new(), outside_stdio: false, file_locks: false }
+    }
+}
+
+/// Why one object cannot be saved, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Problem {
+    pub problem: String,
+    pub remedy: String,
+}
+
+impl Problem {
+    pub fn new(problem: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { problem: problem.into(), remedy: remedy.into() }
+    }
+
+    /// The kernel did not say what had to be known.
+    pub fn unreadable(what: &str, error: impl std::fmt::Display) -> Self {
+        Self::new(format!("{what} cannot be read: {error}"), "")
+    }
+}

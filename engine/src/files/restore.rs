@@ -1,0 +1,332 @@
+//! Carrying out a [`RestorePlan`], task by task.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, openat2, statx};
+
+use super::event::{arm_timerfd, restore_eventfd, restore_signalfd, restore_timerfd};
+use super::owner::restore_owner;
+use super::pipe::{directions, restore_fifo, restore_pipe};
+use super::plan::{Obstacle, RestoreFilesError, RestorePlan, Unit, inconsistent};
+use super::regular::{STATX, open_flags, restore_regular};
+use super::session::{Done, Numbers, Place, Session, SessionError, Temporary, compare};
+use crate::agent::{Batch, Call, Runner};
+use crate::images::files::{FdType, FileEntry};
+use crate::images::fown::FownEntry;
+use crate::images::pipe::PipeEntry;
+use crate::images::regfile::RegFileEntry;
+
+impl RestorePlan {
+    /// Readies the first task, cloned by ferry and at home in its mounts: deleted files are there again, its
+    /// descriptor limit is as high as it may be, and it holds nothing but what was handed down.
+    ///
+    /// Then, for each task, parents first, [`Self::create`], after which its children may be cloned; and when the whole
+    /// tree is there, [`Self::place`] for each. Until a task's descriptors are placed it must not keep
+    /// descriptors below [`Self::base`] from one of these calls to the next. [`Self::finish`] ends it all.
+    ///
+    /// # Errors
+    /// [`RestoreFilesError`]; what was made outside the task is removed when the plan is dropped.
+    pub fn prepare(&mut self, first: &Runner) -> Result<(), RestoreFilesError> {
+        let mut numbers = Numbers::default();
+        let mut moves = Vec::new();
+        for (key, descriptor) in &self.inherited {
+            let number = descriptor.as_raw_fd() as u32;
+            numbers.take(number);
+            moves.push((Temporary::known(number), vec![Place { number: self.inherited_at[key], cloexec: true }]));
+        }
+        let scratch = self.scratch().max(moves.iter().map(|(from, _)| from.number() + 1).max().unwrap_or(0));
+        let run = || -> Done {
+            let mut session = Session::new(first, numbers, scratch);
+            let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(u64::MAX);
+            let words = [limit.to_ne_bytes(), limit.to_ne_bytes()].concat();
+            let resource = [0, libc::RLIMIT_NOFILE.into()];
+            session.must_around("raise its descriptor limit", libc::SYS_prlimit64, &resource, &words, &[0])?;
+            session.settle(moves)?;
+            session.close_range(0, self.base - 1)?;
+            session.close_range(self.base + self.inherited_at.len() as u32, u32::MAX)?;
+            session.finish().map(drop)
+        };
+        run().map_err(|error| self.explain(0, error))?;
+        self.ghosts.make(first.tid())
+    }
+
+    /// Makes, in `task`, what it shares with its descendants or they among each other.
+    ///
+    /// # Errors
+    /// [`RestoreFilesError`].
+    pub fn create(&self, task: usize, runner: &Runner) -> Result<(), RestoreFilesError> {
+        let run = || -> Done {
+            let mut session = Session::new(runner, Numbers::default(), self.scratch());
+            for unit in self.units.iter().filter(|unit| unit.task == task && !unit.private) {
+                let made = self.make_unit(&mut session, unit, &|_| true)?;
+                let wait = |id| self.waiting.get(&id).map(|number| Place { number: *number, cloexec: true });
+                let moves = made.into_iter().map(|(id, from)| (from, id.and_then(wait).into_iter().collect()));
+                session.settle(moves.collect())?;
+            }
+            session.finish().map(drop)
+        };
+        run().map_err(|error| self.explain(task, error))
+    }
+
+    /// Gives every descriptor of `task` its number, makes what it alone holds, and closes all else.
+    ///
+    /// # Errors
+    /// [`RestoreFilesError`].
+    pub fn place(&self, task: usize, runner: &Runner) -> Result<(), RestoreFilesError> {
+        let Some(table) = self.tables.get(&self.tasks[task].files_id) else {
+            let run = || Session::new(runner, Numbers::default(), self.scratch()).close_range(0, u32::MAX);
+            return run().map_err(|error| self.explain(task, error));
+        };
+        if table.owner != task {
+            return Ok(());
+        }
+        let mut places: std::collections::HashMap<u32, Vec<Place>> = std::collections::HashMap::new();
+        for descriptor in &table.entries {
+            let cloexec = descriptor.flags & libc::FD_CLOEXEC as u32 != 0;
+            places.entry(descriptor.id).or_default().push(Place { number: descriptor.fd, cloexec });
+        }
+        let run = || -> Done {
+            let mut session = Session::new(runner, Numbers::default(), self.scratch());
+            for descriptor in &table.entries {
+                if let Some(from) = self.waiting.get(&descriptor.id) {
+                    session.about(descriptor.id);
+                    let cloexec = descriptor.flags & libc::FD_CLOEXEC as u32 != 0;
+                    session.duplicate(*from, Place { number: descriptor.fd, cloexec })?;
+                }
+            }
+            let cloexec = |id| places.get(&id).and_then(|places| places.first()).is_some_and(|place| place.cloexec);
+            for unit in self.units.iter().filter(|unit| unit.task == task && unit.private) {
+                let made = self.make_unit(&mut session, unit, &cloexec)?;
+                let moves = made.into_iter().map(|(id, from)| {
+                    let mut places = id.and_then(|id| places.get(&id)).cloned().unwrap_or_default();
+                    // A descriptor that is in place already has the flag of the first place.
+                    if places.iter().skip(1).any(|place| place.number == from.number()) {
+                        places.sort_by_key(|place| place.number != from.number());
+                    }
+                    (id, from, places)
+                });
+                let moves: Vec<_> = moves.collect();
+                for (id, from, places) in &moves {
+                    let hinted = id.is_some_and(cloexec);
+                    if let Some(place) =
+                        places.iter().find(|place| place.number == from.number() && place.cloexec != hinted)
+                    {
+                        session.set_cloexec(*from, place.cloexec)?;
+                    }
+                }
+                session.settle(moves.into_iter().map(|(_, from, places)| (from, places)).collect())?;
+            }
+            session.close_range(self.base, u32::MAX)?;
+            for (id, places) in &places {
+                if self.first_holder.get(id).is_some_and(|(holder, _)| *holder == task) {
+                    self.complete(&mut session, *id, places)?;
+                }
+            }
+            session.finish().map(drop)
+        };
+        run().map_err(|error| self.explain(task, error))
+    }
+
+    /// What can only be set when a description has its numbers and the whole tree is there.
+    fn complete(&self, session: &mut Session<'_>, id: u32, places: &[Place]) -> Done {
+        let (Some(entry), Some(place)) = (self.entries.get(&id), places.first()) else { return Ok(()) };
+        if let Some(timer) = &entry.tfd {
+            arm_timerfd(session, timer, place.number)?;
+        }
+        match self.owner_of(entry) {
+            Some((owner, flags)) => restore_owner(session, id, place.number, owner, flags),
+            None => Ok(()),
+        }
+    }
+
+    fn owner_of<'e>(&'e self, entry: &'e FileEntry) -> Option<(&'e FownEntry, u32)> {
+        Some(match entry.r#type() {
+            FdType::Reg => entry.reg.as_ref().map(|reg| (&reg.fown, reg.flags))?,
+            FdType::Pipe => entry.pipe.as_ref().map(|pipe| (&pipe.fown, pipe.flags))?,
+            FdType::Fifo => self.fifo_file(entry).map(|reg| (&reg.fown, reg.flags))?,
+            FdType::Eventfd => entry.efd.as_ref().map(|event| (&event.fown, event.flags))?,
+            FdType::Signalfd => entry.sgfd.as_ref().map(|signal| (&signal.fown, signal.flags))?,
+            FdType::Timerfd => entry.tfd.as_ref().map(|timer| (&timer.fown, timer.flags))?,
+            _ => return None,
+        })
+    }
+
+    fn fifo_file<'e>(&'e self, entry: &'e FileEntry) -> Option<&'e RegFileEntry> {
+        self.entries.get(&entry.fifo.as_ref()?.regf_id?)?.reg.as_ref()
+    }
+
+    fn scratch(&self) -> u32 {
+        self.end - 1
+    }
+
+    /// Makes the descriptions of a unit; those without an id are by-products, to be closed.
+    fn make_unit(
+        &self,
+        session: &mut Session<'_>,
+        unit: &Unit,
+        cloexec: &dyn Fn(u32) -> bool,
+    ) -> Done<Vec<(Option<u32>, Temporary)>> {
+        let first = unit.members[0];
+        session.about(first);
+        let (Some(entry), flag) = (self.entries.get(&first), cloexec(first)) else { return Ok(Vec::new()) };
+        if unit.members.iter().any(|id| self.stand_in(*id).is_some()) {
+            let mut made = Vec::new();
+            for id in &unit.members {
+                session.about(*id);
+                if let Some(number) = self.stand_in(*id) {
+                    let arguments = [number.into(), libc::F_DUPFD_CLOEXEC as u64, 0];
+                    let from = session.make("take it over", libc::SYS_fcntl, &arguments, &[], &[])?;
+                    if !cloexec(*id) {
+                        session.set_cloexec(from, false)?;
+                    }
+                    made.push((Some(*id), from));
+                }
+            }
+            return Ok(made);
+        }
+        let one = |made: Temporary| Ok(vec![(Some(first), made)]);
+        match entry {
+            FileEntry { reg: Some(reg), .. } => {
+                let path = self.ghosts.path(first).unwrap_or(&reg.name);
+                one(restore_regular(session, reg, path, flag)?)
+            }
+            FileEntry { pipe: Some(_), .. } => self.make_pipe(session, unit, cloexec),
+            FileEntry { fifo: Some(_), .. } => {
+                let mut made = Vec::new();
+                for id in &unit.members {
+                    session.about(*id);
+                    let Some(entry) = self.entries.get(id) else { continue };
+                    let (Some(fifo), Some(reg)) = (&entry.fifo, self.fifo_file(entry)) else { continue };
+                    let path = fifo.regf_id.and_then(|id| self.ghosts.path(id)).unwrap_or(&reg.name);
+                    let content = if made.is_empty() { self.fifo_contents.get(&fifo.pipe_id) } else { None };
+                    made.push((Some(*id), restore_fifo(session, path, reg.flags, content, cloexec(*id))?));
+                }
+                Ok(made)
+            }
+            FileEntry { efd: Some(event), .. } => one(restore_eventfd(session, event, flag)?),
+            FileEntry { sgfd: Some(signal), .. } => one(restore_signalfd(session, signal, flag)?),
+            FileEntry { tfd: Some(timer), .. } => one(restore_timerfd(session, timer, flag)?),
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    fn make_pipe(
+        &self,
+        session: &mut Session<'_>,
+        unit: &Unit,
+        cloexec: &dyn Fn(u32) -> bool,
+    ) -> Done<Vec<(Option<u32>, Temporary)>> {
+        let members: Vec<&PipeEntry> =
+            unit.members.iter().filter_map(|id| self.entries.get(id)?.pipe.as_ref()).collect();
+        // The first description of each direction comes from pipe(2), further ones are opened from those.
+        let end = |wanted: (bool, bool)| members.iter().find(|pipe| directions(pipe.flags) == wanted);
+        let (reader, writer) = (end((true, false)), end((false, true)));
+        let flags = [reader, writer].map(|pipe| pipe.map_or(0, |pipe| pipe.flags));
+        let content = members.first().and_then(|pipe| self.pipe_contents.get(&pipe.pipe_id));
+        let ends = restore_pipe(session, flags, content, false)?;
+        let mut made = Vec::new();
+        for (end, pipe) in ends.into_iter().zip([reader, writer]) {
+            if let Some(pipe) = pipe
+                && cloexec(pipe.id)
+            {
+                session.set_cloexec(end, true)?;
+            }
+            made.push((pipe.map(|pipe| pipe.id), end));
+        }
+        for pipe in &members {
+            if made.iter().any(|(id, _)| *id == Some(pipe.id)) {
+                continue;
+            }
+            session.about(pipe.id);
+            let path = format!("/proc/self/fd/{}", ends[0].number());
+            let flag = if cloexec(pipe.id) { libc::O_CLOEXEC as u32 } else { 0 };
+            made.push((Some(pipe.id), session.open(path.as_bytes(), open_flags(pipe.flags) | flag)?));
+        }
+        Ok(made)
+    }
+
+    /// Appends the opening, close-on-exec and with `flags`, of a file that no descriptor holds: a mapping's, the executable, a
+    /// directory. The task's root must be that of its mount namespace.
+    ///
+    /// # Errors
+    /// [`RestoreFilesError::Inconsistent`] when there is no such file in the set.
+    pub fn open_mapping(&self, id: u32, flags: u32, batch: &mut Batch<'_>) -> Result<Call, RestoreFilesError> {
+        let reg = self.entries.get(&id).and_then(|entry| entry.reg.as_ref());
+        let reg = reg.ok_or_else(|| inconsistent(format!("there is no file {id}")))?;
+        if let Some(number) = self.stand_in(id) {
+            return Ok(batch.must(libc::SYS_fcntl, &[number.into(), libc::F_DUPFD_CLOEXEC as u64, 0]));
+        }
+        let path = self.ghosts.path(id).unwrap_or(&reg.name);
+        if !path.starts_with(b"/") {
+            return Err(inconsistent(format!("file {id} has no path")));
+        }
+        let address = batch.path(path);
+        let flags = open_flags(flags) | libc::O_CLOEXEC as u32;
+        Ok(batch.must(libc::SYS_openat, &[libc::AT_FDCWD as u64, address.0, flags.into(), 0]))
+    }
+
+    /// The path of a file of the set, for messages.
+    pub fn path_of(&self, id: u32) -> Option<String> {
+        let reg = self.entries.get(&id)?.reg.as_ref()?;
+        Some(String::from_utf8_lossy(&reg.name).into_owned())
+    }
+
+    /// Ends the restore: the names of deleted files are gone again.
+    ///
+    /// # Errors
+    /// [`RestoreFilesError::Ghost`] for a name that could not be removed.
+    pub fn finish(&mut self) -> Result<(), RestoreFilesError> {
+        self.ghosts.remove()
+    }
+
+    /// Looks, below `root`, for files that are missing or not what they were; nothing is made. `on_mount` tells whether files
+    /// of a mount (none: the only one there is) can be seen there already.
+    pub fn check(&self, root: BorrowedFd<'_>, on_mount: &dyn Fn(Option<i32>) -> bool) -> Vec<Obstacle> {
+        let mut obstacles = Vec::new();
+        for (id, entry) in &self.entries {
+            let Some(reg) = &entry.reg else { continue };
+            let skipped = reg.ext == Some(true) || self.ghosts.is_remapped(*id) || self.stand_in(*id).is_some();
+            if skipped || !on_mount(reg.mnt_id) {
+                continue;
+            }
+            if let Err(problem) = look_at(root, reg) {
+                let task = self.first_holder.get(id).map_or(0, |(task, _)| *task);
+                let (pid, comm) = (self.tasks[task].pid, self.tasks[task].comm.clone());
+                obstacles.push(Obstacle { pid, comm, object: self.object(*id), problem });
+            }
+        }
+        obstacles.sort_by(|left, right| (left.pid, &left.object).cmp(&(right.pid, &right.object)));
+        obstacles
+    }
+
+    /// Puts a session's failure into words.
+    fn explain(&self, task: usize, error: SessionError) -> RestoreFilesError {
+        let task = &self.tasks[task];
+        let (pid, comm) = (task.pid, task.comm.clone());
+        match error {
+            SessionError::Agent(error) => RestoreFilesError::Agent(error),
+            SessionError::Step { id, step, errno } => {
+                RestoreFilesError::Step { pid, comm, object: self.object(id), step, errno }
+            }
+            SessionError::Changed { id, problem } => {
+                RestoreFilesError::Changed { pid, comm, object: self.object(id), problem }
+            }
+            SessionError::Number { id, expected, got } => {
+                let problem = format!("the kernel gave descriptor {got} where {expected} was free");
+                RestoreFilesError::Changed { pid, comm, object: self.object(id), problem }
+            }
+        }
+    }
+}
+
+/// Compares the file at a saved path with what was saved.
+fn look_at(root: BorrowedFd<'_>, reg: &RegFileEntry) -> Result<(), String> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let found = openat2(root, &reg.name[..], flags, Mode::empty(), ResolveFlags::IN_ROOT)
+        .and_then(|file| statx(file.as_fd(), "", AtFlags::EMPTY_PATH, STATX));
+    match found {
+        Ok(stat) => compare(reg.size, reg.mode, stat.stx_size, stat.stx_mode.into()),
+        Err(rustix::io::Errno::NOENT) => Err("the file is missing: put it back where it was".into()),
+        Err(error) => Err(format!("it cannot be found: {error}")),
+    }
+}
