@@ -30,7 +30,7 @@ check: packages-build
 
 bench: packages-test
 	$(CARGO) build --release -p ferry -p ferry-test-bundles
-	$(CARGO) bench --workspace
+	$(CARGO) bench -p ferry-test-bundles --bench round_trip
 
 # Two names for one program: called as `criu` it speaks CRIU's command line.
 install: all

@@ -2,7 +2,9 @@
 
 use std::process::{Child, Command, Stdio};
 
-use ferry_engine::images::ns::TimensEntry;
+use ferry_engine::images::ipc::IpcVarEntry;
+use ferry_engine::images::net::NetDeviceEntry;
+use ferry_engine::images::ns::{TimensEntry, UtsnsEntry};
 use ferry_engine::images::{FolderOptions, FolderSink, FolderSource, Kind, Source, decode_one};
 use ferry_engine::namespaces::{Collected, NamespaceKind, NamespaceOptions};
 use ferry_engine::sys::{HostPid, NsPid};
@@ -52,6 +54,49 @@ fn a_tree_in_ferrys_own_namespaces_has_ferrys_numbers() {
     let image = source.get("timens-0.img").expect("readable").expect("there");
     let clocks: TimensEntry = decode_one("timens-0.img", Kind::Timens, &image).expect("decodes");
     assert!(clocks.boottime.tv_sec >= clocks.monotonic.tv_sec && clocks.monotonic.tv_sec > 0);
+}
+
+#[test]
+fn other_namespaces_are_saved_and_what_they_hold_is_refused_by_name() {
+    let flags = libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
+    let sleeper = Sleeper::start(flags);
+    let task = sleeper.task();
+    let collected = Collected::collect(&task, &[], &NamespaceOptions::default()).expect("collects");
+    assert_eq!(collected.refusals(), []);
+    let ids = collected.ids(task.pid).expect("it lives");
+    assert_eq!((ids.get(NamespaceKind::Net), ids.get(NamespaceKind::Ipc), ids.get(NamespaceKind::Uts)), (9, 10, 11));
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut sink = FolderSink::open(folder.path(), FolderOptions::default()).expect("a sink");
+    collected.dump(&mut sink).expect("dumps");
+    let source = FolderSource::open(folder.path()).expect("a source");
+    let image = source.get("utsns-11.img").expect("readable").expect("there");
+    let names: UtsnsEntry = decode_one("utsns-11.img", Kind::Utsns, &image).expect("decodes");
+    assert_eq!(names.nodename, rustix::system::uname().nodename().to_bytes());
+    let image = source.get("netdev-9.img").expect("readable").expect("there");
+    let link: NetDeviceEntry = decode_one("netdev-9.img", Kind::Netdev, &image).expect("decodes");
+    assert_eq!((link.name.as_str(), link.flags & libc::IFF_UP as u32), ("lo", 0));
+    let image = source.get("ipcns-var-10.img").expect("readable").expect("there");
+    let limits: IpcVarEntry = decode_one("ipcns-var-10.img", Kind::IpcVar, &image).expect("decodes");
+    assert!(limits.msg_ctlmax > 0 && limits.sem_ctls.len() == 4);
+
+    // A message queue and a link beside the loopback, made by somebody in the namespaces.
+    let pidfd = task.pidfd();
+    let make = || {
+        nix::sched::setns(pidfd, nix::sched::CloneFlags::from_bits_retain(flags)).expect("setns");
+        let run = |program: &str, arguments: &[&str]| {
+            let status = Command::new(program).args(arguments).stdout(Stdio::null()).status().expect(program);
+            assert!(status.success(), "{program}");
+        };
+        run("ipcmk", &["-Q"]);
+        run("ip", &["link", "add", "d0", "type", "bridge"]);
+    };
+    std::thread::scope(|scope| scope.spawn(make).join()).expect("the thread");
+    let collected = Collected::collect(&task, &[], &NamespaceOptions::default()).expect("collects");
+    let objects: Vec<&str> = collected.refusals().iter().map(|refusal| refusal.object.as_str()).collect();
+    assert!(objects[0].starts_with("System V message queue 0 "), "{objects:?}");
+    assert_eq!(objects[1..], ["network link d0"]);
+    let empty = NamespaceOptions { empty_net: true, ..NamespaceOptions::default() };
+    assert_eq!(Collected::collect(&task, &[], &empty).expect("collects").refusals().len(), 1);
 }
 
 #[test]

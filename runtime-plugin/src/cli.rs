@@ -9,8 +9,11 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::failure::{Failure, Outcome};
 use crate::go_flags;
-use crate::lifecycle::spec;
+use crate::lifecycle::{
+    IdArgs, create, delete, events, exec, features, kill, list, pause, ps, spec, start, state, update,
+};
 use crate::logs::{self, LogFormat};
+use crate::{checkpoint, restore};
 
 /// Checkpoint, restore and migrate running containers.
 #[derive(Debug, Parser)]
@@ -50,8 +53,40 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Set up a container; its program waits for start.
+    Create(create::CreateArgs),
+    /// Let the program of a created container run.
+    Start(IdArgs),
+    /// Create a container, start it, and wait for its end.
+    Run(create::RunArgs),
+    /// Print the state of a container.
+    State(IdArgs),
+    /// Send a signal to a container.
+    Kill(kill::KillArgs),
+    /// Remove a stopped container.
+    Delete(delete::DeleteArgs),
+    /// List the containers.
+    List(list::ListArgs),
+    /// Run a further process in a container.
+    Exec(exec::ExecArgs),
+    /// List the processes of a container.
+    Ps(ps::PsArgs),
+    /// Freeze a container.
+    Pause(IdArgs),
+    /// Let a frozen container run on.
+    Resume(IdArgs),
+    /// Print what a container uses, until it ends.
+    Events(events::EventsArgs),
+    /// Change the limits of a container.
+    Update(update::UpdateArgs),
+    /// Save a running container, and end it.
+    Checkpoint(checkpoint::CheckpointArgs),
+    /// Bring a saved container back.
+    Restore(restore::RestoreArgs),
     /// Write the config.json of a new bundle.
     Spec(spec::SpecArgs),
+    /// Print what this runtime can do.
+    Features,
 }
 
 /// State lives under `/run/ferry`, or in the caller's runtime directory when that is not root's.
@@ -84,8 +119,24 @@ fn run(line: CommandLine) -> Outcome {
         let path = global.log.clone().unwrap_or_default();
         Failure::from(error).context(format_args!("cannot open the log file {}", path.display()))
     })?;
-    match line.command {
-        Command::Spec(args) => spec::run(&args),
+    match &line.command {
+        Command::Create(args) => create::create(global, args),
+        Command::Start(args) => start::run(global, args),
+        Command::Run(args) => create::run(global, args),
+        Command::State(args) => state::run(global, args),
+        Command::Kill(args) => kill::run(global, args),
+        Command::Delete(args) => delete::run(global, args),
+        Command::List(args) => list::run(global, args),
+        Command::Exec(args) => exec::run(global, args),
+        Command::Ps(args) => ps::run(global, args),
+        Command::Pause(args) => pause::pause(global, args),
+        Command::Resume(args) => pause::resume(global, args),
+        Command::Events(args) => events::run(global, args),
+        Command::Update(args) => update::run(global, args),
+        Command::Checkpoint(args) => checkpoint::run(global, args),
+        Command::Restore(args) => restore::run(global, args),
+        Command::Spec(args) => spec::run(args),
+        Command::Features => features::run(),
     }
 }
 

@@ -19,6 +19,11 @@ impl Failure {
         Self { sentence: sentence.into(), status: 1 }
     }
 
+    /// The same failure with another exit status.
+    pub fn with_status(self, status: u8) -> Self {
+        Self { status, ..self }
+    }
+
     /// The status that the command exits with.
     pub fn status(&self) -> ExitCode {
         ExitCode::from(self.status)

@@ -3,18 +3,35 @@
 //! Called as `criu`, or as `ferry criu …`, it speaks CRIU's command line (`criu`); otherwise it is an OCI
 //! runtime (`cli`), if it was built with the `oci` feature.
 
-mod criu;
-#[cfg_attr(not(feature = "oci"), allow(dead_code, reason = "only the OCI face installs a logger"))]
-mod logs;
-
+#[cfg(feature = "oci")]
+mod cgroups;
+#[cfg(feature = "oci")]
+mod checkpoint;
 #[cfg(feature = "oci")]
 mod cli;
 #[cfg(feature = "oci")]
+mod console;
+mod criu;
+#[cfg(feature = "oci")]
 mod failure;
+#[cfg(feature = "oci")]
+mod foreground;
 #[cfg(feature = "oci")]
 mod go_flags;
 #[cfg(feature = "oci")]
+mod launch;
+#[cfg(feature = "oci")]
 mod lifecycle;
+#[cfg_attr(not(feature = "oci"), allow(dead_code, reason = "only the OCI face installs a logger"))]
+mod logs;
+#[cfg(feature = "oci")]
+mod process;
+#[cfg(feature = "oci")]
+mod restore;
+#[cfg(feature = "oci")]
+mod signals;
+#[cfg(feature = "oci")]
+mod state;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;

@@ -17,11 +17,18 @@ pub struct Engine {
 impl Engine {
     /// `ferry criu`, or the override.
     pub fn under_test() -> Outcome<Self> {
-        let words = match std::env::var(OVERRIDE) {
-            Ok(command) => command.split_whitespace().map(str::to_owned).collect(),
-            Err(_) => vec![ferry()?.to_string_lossy().into_owned(), "criu".to_owned()],
-        };
-        if words.is_empty() { Err(format!("{OVERRIDE} is empty")) } else { Ok(Self { words }) }
+        std::env::var(OVERRIDE).map_or_else(|_| Self::ferry(), |command| Self::command_line(&command))
+    }
+
+    /// `ferry criu`.
+    pub fn ferry() -> Outcome<Self> {
+        Ok(Self { words: vec![ferry()?.to_string_lossy().into_owned(), "criu".to_owned()] })
+    }
+
+    /// Another engine's command, words separated by spaces.
+    pub fn command_line(command: &str) -> Outcome<Self> {
+        let words: Vec<String> = command.split_whitespace().map(str::to_owned).collect();
+        if words.is_empty() { Err("the engine's command is empty".to_owned()) } else { Ok(Self { words }) }
     }
 
     /// Whether this is not Ferry's engine: what only Ferry promises is then not asked for.

@@ -48,13 +48,13 @@ global_asm!(
     "mov r10, qword ptr [r12 + 32]",
     "mov r8, qword ptr [r12 + 40]",
     "mov r9, qword ptr [r12 + 48]",
+    "mov r14, qword ptr [r12 + 72]", // before the call: when a child first runs, the next batch may be in its place
     "syscall",
     "test rax, rax",
     "jnz 5f",
-    "mov rcx, qword ptr [r12 + 72]",
-    "test rcx, rcx",
+    "test r14, r14",
     "jz 5f",
-    "mov r15, rcx", // the child of a clone: on to its own slot, touching nothing of its parent's
+    "mov r15, r14", // the child of a clone: on to its own slot, touching nothing of its parent's
     "jmp 2b",
     "5: mov qword ptr [r12 + 56], rax",
     "mov rcx, qword ptr [r12 + 64]",

@@ -27,7 +27,9 @@ fn own(page: usize) -> bool {
 /// Parent and child share what neither has written: the same frames before and after, so no memory is doubled.
 pub fn copy_on_write(room: &Room) -> Result<Check, Fault> {
     let content = pattern(40, PAGES * PAGE);
-    let memory = map(PAGES * PAGE, READ_WRITE, PRIVATE)?;
+    // A page on either side keeps the mapping apart from what the C library maps, in parent and child alike.
+    let memory = map((PAGES + 2) * PAGE, libc::PROT_NONE, PRIVATE)? + PAGE;
+    crate::memory::protect(memory, PAGES * PAGE, READ_WRITE)?;
     raw!(SYS_madvise, memory, PAGES * PAGE, libc::MADV_NOHUGEPAGE)?;
     fill(memory, &content);
     let told = map(PAGES * 8, READ_WRITE, SHARED)?;

@@ -1,0 +1,26 @@
+//! Mount namespaces (mount_namespaces(7)).
+//!
+//! | file | what it owns |
+//! | --- | --- |
+//! | `record` | a mount as images have it |
+//! | `source` | where each mount comes from when it is made again |
+//! | `collect` | the dump: records, refusals, content of tmpfs |
+//! | `pack` | the content of a tmpfs as a compressed tar |
+
+mod collect;
+mod pack;
+mod record;
+mod source;
+
+pub(super) use collect::Mounts;
+
+/// Something about mounts that stands in the way: of a dump, or of a restore.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Finding {
+    /// Which mount.
+    pub object: String,
+    /// What is wrong.
+    pub problem: String,
+    /// What to do.
+    pub remedy: String,
+}

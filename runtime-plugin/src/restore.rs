@@ -1,0 +1,295 @@
+//! `ferry restore`: brings a container back from an archive or a folder of images.
+//!
+//! The order: flags, bundle, source; then the name and the cgroup with its limits; `restore_tree`; and the state
+//! that makes every other command work on the container. On failure neither process, cgroup nor state is left.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use ferry_hooks::Hooks;
+use libcontainer::container::ContainerStatus;
+
+use crate::cgroups::ContainerCgroup;
+use crate::checkpoint::{ARCHIVE_NAME, CgroupsMode, EmptyNamespace, SummaryFormat, refuse};
+use crate::cli::Global;
+use crate::console::{Console, send_pidfd};
+use crate::failure::{Failure, Outcome};
+use crate::foreground;
+use crate::launch::Bundle;
+use crate::lifecycle::{IdArgs, delete, print, write_pid_file};
+use crate::state::{Container, NewContainer, hooks_of};
+
+/// The folder in the current directory that runc's checkpoint writes when it is not told where.
+const RUNC_FOLDER: &str = "checkpoint";
+
+/// Flags of `restore`: runc's, those that conmon adds, and ferry's own archive.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Read a folder of images, as runc writes it.
+    #[arg(long, value_name = "DIR", conflicts_with = "archive")]
+    pub image_path: Option<PathBuf>,
+    /// Read this archive, - for standard input; by default checkpoint.tar in the bundle.
+    #[arg(long, value_name = "FILE")]
+    pub archive: Option<PathBuf>,
+    /// How to tell what was done.
+    #[arg(long, value_enum, default_value = "text", value_name = "FORMAT")]
+    pub format: SummaryFormat,
+    /// Unix socket that receives the master side of the container's terminal.
+    #[arg(long, value_name = "SOCKET")]
+    pub console_socket: Option<PathBuf>,
+    /// Unix socket that receives a pidfd of the container's first process.
+    #[arg(long, value_name = "SOCKET")]
+    pub pidfd_socket: Option<PathBuf>,
+    /// Directory for logs and statistics; by default that of the images.
+    #[arg(long, value_name = "DIR")]
+    pub work_path: Option<PathBuf>,
+    /// Accepted for callers of runc: images name their parent themselves.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub parent_path: Option<PathBuf>,
+    /// Allow TCP connections.
+    #[arg(long)]
+    pub tcp_established: bool,
+    /// Restore TCP connections as closed.
+    #[arg(long)]
+    pub tcp_close: bool,
+    /// Allow connections to Unix sockets outside the container.
+    #[arg(long)]
+    pub ext_unix_sk: bool,
+    /// Allow a session or terminal from outside the container.
+    #[arg(long)]
+    pub shell_job: bool,
+    /// Allow file locks.
+    #[arg(long)]
+    pub file_locks: bool,
+    /// How cgroups are restored.
+    #[arg(long, value_enum, value_name = "MODE")]
+    pub manage_cgroups_mode: Option<CgroupsMode>,
+    /// Directory of the bundle; the current one by default.
+    #[arg(long, short, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// Return when the container runs.
+    #[arg(long, short)]
+    pub detach: bool,
+    /// File to write the first process's pid to.
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Leave processes that lose their parent to the caller.
+    #[arg(long)]
+    pub no_subreaper: bool,
+    /// Accepted for callers of runc: the root is restored as it was.
+    #[arg(long, hide = true)]
+    pub no_pivot: bool,
+    /// Accepted for callers of runc: the caller's session keyring is always kept.
+    #[arg(long, hide = true)]
+    pub no_new_keyring: bool,
+    /// Accepted for conmon: descriptors come from the images.
+    #[arg(long, value_name = "N", default_value_t = 0, hide = true)]
+    pub preserve_fds: i32,
+    /// Keep the container after it has ended.
+    #[arg(long)]
+    pub keep: bool,
+    /// Namespace that is restored empty.
+    #[arg(long, value_enum, value_name = "NAMESPACE")]
+    pub empty_ns: Vec<EmptyNamespace>,
+    /// Free the images' memory while it is restored.
+    #[arg(long)]
+    pub auto_dedup: bool,
+    /// Start before the memory is there, and fetch it page by page.
+    #[arg(long)]
+    pub lazy_pages: bool,
+    /// Profile of a security module, as TYPE:NAME.
+    #[arg(long, value_name = "TYPE:NAME")]
+    pub lsm_profile: Option<String>,
+    /// SELinux context of mounts.
+    #[arg(long, value_name = "CONTEXT")]
+    pub lsm_mount_context: Option<String>,
+    #[command(flatten)]
+    pub id: IdArgs,
+}
+
+/// Where the images come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A folder of image files.
+    Folder(PathBuf),
+    /// One file; how it is compressed is seen from its content.
+    Archive(PathBuf),
+    /// Standard input.
+    Stream,
+}
+
+/// One restore, decided on.
+#[allow(dead_code, reason = "for the engine call")]
+pub struct Plan<'a> {
+    /// The container to be: its name, state directory and cgroup exist.
+    pub new: &'a NewContainer,
+    /// The bundle.
+    pub bundle: &'a Bundle,
+    /// Where the images come from.
+    pub source: Source,
+    /// Where logs and statistics go, if not with the images.
+    pub work: Option<PathBuf>,
+    /// The bundle's hooks; `prestart` and `createRuntime` run before anything of the container does.
+    pub hooks: Hooks,
+    /// Where a terminal's master side goes.
+    pub console: &'a Console,
+    /// What was asked for.
+    pub args: &'a RestoreArgs,
+}
+
+/// Restores the container.
+pub fn run(global: &Global, args: &RestoreArgs) -> Outcome {
+    refuse("restore", &later_flags(args))?;
+    let bundle = Bundle::open(args.bundle.as_deref().unwrap_or(".".as_ref()))?;
+    let source = source(args, &bundle.directory)?;
+    let console = Console::open(bundle.wants_terminal(), args.detach, args.console_socket.as_deref())?;
+    if !args.detach && !args.no_subreaper {
+        foreground::become_subreaper();
+    }
+    let container = bring_back(global, args, &bundle, source, &console)?;
+    let told = tell(args, &container);
+    let status = told.and_then(|()| stay(args, &container, console));
+    let status = status.map_err(|failure| match delete::destroy(&container) {
+        Ok(()) => failure,
+        Err(left) => Failure::new(format!("{failure}; and the container could not be removed: {left}")),
+    })?;
+    if !args.detach && !args.keep {
+        delete::destroy(&container)?;
+    }
+    Ok(status)
+}
+
+/// Makes the name and the cgroup, the tree, and the state of the container that runs.
+fn bring_back(
+    global: &Global,
+    args: &RestoreArgs,
+    bundle: &Bundle,
+    source: Source,
+    console: &Console,
+) -> Result<Container, Failure> {
+    let cgroup = ContainerCgroup::of_spec(&bundle.spec, &args.id.id, global.systemd_cgroup)?;
+    let spec = bundle.spec_with_cgroup(&cgroup);
+    let hooks = hooks_of(&spec, &bundle.directory)?;
+    let new = NewContainer::claim(&global.root, &args.id.id, &bundle.directory, &spec, cgroup)?;
+    new.cgroup().create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
+    let plan = Plan { new: &new, bundle, source, work: args.work_path.clone(), hooks, console, args };
+    let pid = restore_tree(&plan)?;
+    Ok(new.keep(pid, ContainerStatus::Running)?)
+}
+
+/// Runs the engine; the pid of the container's first process.
+fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
+    Err(Failure::new(format!("restore of container {} is not built yet", plan.args.id.id)))
+}
+
+/// Flags given whose part of the engine comes later.
+fn later_flags(args: &RestoreArgs) -> Vec<&'static str> {
+    let given = [
+        ("--lazy-pages", args.lazy_pages),
+        ("--auto-dedup", args.auto_dedup),
+        ("--tcp-established", args.tcp_established),
+        ("--tcp-close", args.tcp_close),
+        ("--lsm-profile", args.lsm_profile.is_some()),
+        ("--lsm-mount-context", args.lsm_mount_context.is_some()),
+    ];
+    given.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
+}
+
+/// What was named; else the archive in the bundle; else the folder that runc would take.
+fn source(args: &RestoreArgs, bundle: &Path) -> Result<Source, Failure> {
+    let (given, source) = match (&args.image_path, &args.archive) {
+        (Some(folder), _) => (folder.clone(), Source::Folder(folder.clone())),
+        (None, Some(file)) if file == Path::new("-") => return Ok(Source::Stream),
+        (None, Some(file)) => (file.clone(), Source::Archive(file.clone())),
+        (None, None) => {
+            let archive = bundle.join(ARCHIVE_NAME);
+            let folder = Path::new(RUNC_FOLDER);
+            if !archive.exists() && folder.is_dir() {
+                (folder.to_owned(), Source::Folder(folder.to_owned()))
+            } else {
+                (archive.clone(), Source::Archive(archive))
+            }
+        }
+    };
+    match (&source, given.is_dir()) {
+        _ if !given.exists() => Err(Failure::new(format!(
+            "there is no checkpoint at {}: give --archive FILE or --image-path DIR",
+            given.display()
+        ))),
+        (Source::Folder(_), false) => {
+            Err(Failure::new(format!("{} is no folder of images: give it as --archive", given.display())))
+        }
+        (Source::Archive(_), true) => {
+            Err(Failure::new(format!("{} is a folder: give it as --image-path", given.display())))
+        }
+        _ => Ok(source),
+    }
+}
+
+/// Tells the caller which process it is.
+fn tell(args: &RestoreArgs, container: &Container) -> Result<(), Failure> {
+    let Some(init) = container.init else { return Ok(()) };
+    if let Some(socket) = &args.pidfd_socket {
+        send_pidfd(socket, init.pid)?;
+    }
+    if let Some(file) = &args.pid_file {
+        write_pid_file(file, init.pid)?;
+    }
+    Ok(())
+}
+
+/// Waits for the container's end, unless it is to run on alone.
+fn stay(args: &RestoreArgs, container: &Container, console: Console) -> Outcome {
+    let init = container.init.ok_or_else(|| Failure::new("the container has no process"))?;
+    if args.detach {
+        if args.format == SummaryFormat::Json {
+            print(&format!("{}\n", serde_json::json!({"id": container.id, "pid": init.pid})))?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    std::io::stdout().flush()?;
+    let signals = foreground::Signals::block()?;
+    foreground::wait(init.pid, signals, console.terminal()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: RestoreArgs,
+    }
+
+    fn parse(line: &str) -> RestoreArgs {
+        let words = std::iter::once("restore").chain(line.split_whitespace());
+        <Line as clap::Parser>::try_parse_from(words).unwrap().args
+    }
+
+    #[test]
+    fn the_source_must_be_what_it_is_called() {
+        let bundle = tempfile::tempdir().unwrap();
+        let folder = bundle.path().display().to_string();
+        let told = |line: &str| source(&parse(line), bundle.path()).unwrap_err().to_string();
+        assert!(told("--archive /no/such/file c1").contains("there is no checkpoint at /no/such/file"));
+        assert!(told(&format!("--archive {folder} c1")).contains("is a folder"));
+        assert_eq!(source(&parse("--archive - c1"), bundle.path()).unwrap(), Source::Stream);
+        let archive = bundle.path().join(ARCHIVE_NAME);
+        std::fs::write(&archive, "").unwrap();
+        assert_eq!(source(&parse("c1"), bundle.path()).unwrap(), Source::Archive(archive.clone()));
+        assert!(told(&format!("--image-path {} c1", archive.display())).contains("is no folder"));
+    }
+
+    #[test]
+    fn the_flags_of_every_caller_are_known() {
+        parse(
+            "--bundle /b --pid-file /p --no-pivot --no-new-keyring --detach --image-path /i --work-path /b --file-locks c1",
+        );
+        parse("--image-path /i --work-path /w --detach --pid-file /p --no-subreaper --bundle /b c1");
+        let args = parse("--tcp-close --lsm-mount-context=x --manage-cgroups-mode ignore --empty-ns network c1");
+        assert_eq!(later_flags(&args), ["--tcp-close", "--lsm-mount-context"]);
+    }
+}

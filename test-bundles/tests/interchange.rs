@@ -1,0 +1,126 @@
+//! Images between Ferry and CRIU, both ways, and CRIU's own decoder on what Ferry writes.
+//!
+//! CRIU 4.x is on no distribution that the tests install from, so these tests are ignored unless asked for:
+//! `CRIU=/path/to/criu CRIT=/path/to/crit cargo nextest run -p ferry-test-bundles --test interchange --run-ignored only`.
+
+use ferry_test_bundles::{Engine, Outcome, Place, Workload, processes, programs};
+use std::process::Command;
+
+/// Workloads that CRIU 4.2 itself survives.
+const WORKLOADS: &[&str] = &[
+    "sessions",
+    "zombies",
+    "prefork",
+    "threads",
+    "thread_tls",
+    "registers_avx512",
+    "signal_mask",
+    "signals_pending",
+    "itimer_real",
+    "timers_posix",
+    "securebits",
+    "nice",
+    "umask",
+    "working_directory",
+    "seccomp_filter",
+    "anonymous_private",
+    "anonymous_shared",
+    "heap",
+    "stack_deep",
+    "holes",
+    "protections",
+    "many_mappings",
+    "page_content_mix",
+    "locked",
+    "vdso_calls",
+    "file_private",
+    "file_shared",
+    "shared_between_relatives",
+    "regular_files",
+    "shared_offset",
+    "deleted_file",
+    "duplicates",
+    "pipe_content",
+    "pipe_between_processes",
+    "fifo",
+    "epoll_set",
+    "unix_listener",
+    "devices",
+];
+
+/// Workloads that together fill every kind of image; crit takes a while for each.
+const DECODED: &[&str] = &[
+    "zombies",
+    "threads",
+    "timers_posix",
+    "seccomp_filter",
+    "anonymous_shared",
+    "file_private",
+    "regular_files",
+    "deleted_file",
+    "fifo",
+    "epoll_set",
+    "unix_listener",
+];
+
+fn from_environment(name: &str) -> Outcome<String> {
+    std::env::var(name).map_err(|_| format!("set {name} to the program to exchange images with"))
+}
+
+/// Dumps each workload with one engine and restores it with the other; all that fail are told.
+fn exchange(dumper: &Engine, restorer: &Engine) -> Outcome {
+    let one = |name: &str| -> Outcome {
+        let place = Place::new()?;
+        let mut workload = Workload::start(&place, name)?;
+        let (images, tree) = (workload.images()?, processes::tree(workload.pid));
+        dumper.dump(&place, workload.pid, &images, &[])?;
+        processes::await_end(&tree)?;
+        restorer.restore(&place, &images, &[])?;
+        workload.ask()?;
+        workload.end()
+    };
+    let failed: Vec<String> =
+        WORKLOADS.iter().filter_map(|name| Some(format!("{name}: {}", one(name).err()?))).collect();
+    if failed.is_empty() { Ok(()) } else { Err(failed.join("\n")) }
+}
+
+#[test]
+#[ignore = "needs CRIU 4.x: set CRIU to its path"]
+fn criu_restores_what_ferry_dumped() -> Outcome {
+    exchange(&Engine::ferry()?, &Engine::command_line(&from_environment("CRIU")?)?)
+}
+
+#[test]
+#[ignore = "needs CRIU 4.x: set CRIU to its path"]
+fn ferry_restores_what_criu_dumped() -> Outcome {
+    exchange(&Engine::command_line(&from_environment("CRIU")?)?, &Engine::ferry()?)
+}
+
+#[test]
+#[ignore = "needs crit of CRIU 4.x: set CRIT to its path"]
+fn crit_decodes_every_image() -> Outcome {
+    let (crit, engine) = (from_environment("CRIT")?, Engine::ferry()?);
+    for name in DECODED {
+        let place = Place::new()?;
+        let mut workload = Workload::start(&place, name)?;
+        let (images, tree) = (workload.images()?, processes::tree(workload.pid));
+        engine.dump(&place, workload.pid, &images, &[])?;
+        processes::await_end(&tree)?;
+        let listing = std::fs::read_dir(&images).map_err(|error| format!("{}: {error}", images.display()))?;
+        let mut decoded = 0;
+        for path in listing.flatten().map(|entry| entry.path()) {
+            // Pages are plain bytes.
+            let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if !file.ends_with(".img") || file.starts_with("pages-") {
+                continue;
+            }
+            programs::succeed(Command::new(&crit).arg("decode").arg("-i").arg(&path))
+                .map_err(|error| format!("{name}: {error}"))?;
+            decoded += 1;
+        }
+        if decoded < 5 {
+            return Err(format!("{name}: only {decoded} images"));
+        }
+    }
+    Ok(())
+}
