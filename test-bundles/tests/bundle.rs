@@ -149,6 +149,37 @@ fn twenty_cycles() -> Outcome {
     container.end()
 }
 
+/// Every verb of the lifecycle works on the running container.
+fn every_verb_works(container: &Container) -> Outcome {
+    let echoed = container.exec(&["sh", "-c", "echo inside; cat /proc/1/comm"])?;
+    if echoed != "inside\nsleep\n" {
+        return Err(format!("exec printed {echoed:?}"));
+    }
+    let list = programs::succeed(&mut container.command("list"))?;
+    if !list.contains(&container.id) {
+        return Err(format!("list does not show the container: {list}"));
+    }
+    container.verb("pause", &[])?;
+    container.is("paused")?;
+    container.verb("resume", &[])?;
+    container.is("running")?;
+    let processes = container.verb("ps", &[])?;
+    if !processes.contains("sleep") {
+        return Err(format!("ps does not show the program: {processes}"));
+    }
+    Ok(())
+}
+
+/// The lifecycle without any checkpoint.
+fn lifecycle() -> Outcome {
+    let place = Place::new()?;
+    let bundle = Bundle::new(&place, &["sleep", "100000"])?;
+    let container = Container::run(&place, &bundle)?;
+    container.is("running")?;
+    every_verb_works(&container)?;
+    container.end()
+}
+
 /// After a restore every verb works on the container as before.
 fn lifecycle_after_restore() -> Outcome {
     let place = Place::new()?;
@@ -164,22 +195,7 @@ fn lifecycle_after_restore() -> Outcome {
     if pid.trim() != container.pid()?.to_string() {
         return Err(format!("the pid file says {pid}, the state {}", container.pid()?));
     }
-    let echoed = container.exec(&["sh", "-c", "echo inside; hostname"])?;
-    if !echoed.contains("inside") {
-        return Err(format!("exec printed {echoed:?}"));
-    }
-    let list = programs::succeed(&mut container.command("list"))?;
-    if !list.contains(&container.id) {
-        return Err(format!("list does not show the container: {list}"));
-    }
-    container.verb("pause", &[])?;
-    container.is("paused")?;
-    container.verb("resume", &[])?;
-    container.is("running")?;
-    let processes = container.verb("ps", &[])?;
-    if !processes.contains("sleep") {
-        return Err(format!("ps does not show the program: {processes}"));
-    }
+    every_verb_works(&container)?;
     container.end()
 }
 
@@ -285,10 +301,11 @@ type Alone = (&'static str, fn() -> Outcome);
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let alone: [Alone; 7] = [
+    let alone: [Alone; 8] = [
         ("names_are_workloads", names_are_workloads),
         ("leave_running", leave_running),
         ("twenty_cycles", twenty_cycles),
+        ("lifecycle", lifecycle),
         ("lifecycle_after_restore", lifecycle_after_restore),
         ("image_folder_and_archive", image_folder_and_archive),
         ("mounts_and_names", mounts_and_names),

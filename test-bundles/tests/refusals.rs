@@ -27,7 +27,11 @@ fn unknown_container() -> Outcome {
         refusal(ferry(&place)?.args([verb, "no-such-container"]), &["no-such-container", "does not exist"])
             .map_err(|error| format!("{verb}: {error}"))?;
     }
-    refusal(ferry(&place)?.args(["exec", "no-such-container", "true"]), &["no-such-container"])?;
+    // As with runc: exec's own status is the command's, so its failures are 255.
+    let exec = programs::run(ferry(&place)?.args(["exec", "no-such-container", "true"]))?;
+    if exec.status.code() != Some(255) || !programs::said(&exec).contains("no-such-container") {
+        return Err(format!("exec: {}: {}", exec.status, programs::said(&exec)));
+    }
     place.nothing_left()
 }
 
