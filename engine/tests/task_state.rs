@@ -5,6 +5,7 @@ use std::fs;
 use ferry_engine::agent::inject::{Context, Injected, find_syscall_instruction};
 use ferry_engine::agent::{NODE, Runner};
 use ferry_engine::images::core::{CoreEntry, RlimitEntry, ThreadSasEntry};
+use ferry_engine::images::extension::{FerryTaskEntry, FerryThreadEntry};
 use ferry_engine::images::seccomp::{SeccompEntry, SeccompFilter, SeccompMode};
 use ferry_engine::images::signal::SiginfoEntry;
 use ferry_engine::images::timer::{ItimerEntry, PosixTimerEntry};
@@ -16,8 +17,9 @@ use ferry_engine::task::seccomp::{self, FilterTable};
 use ferry_engine::task::signals::{self, QueueIds};
 use ferry_engine::task::thread::{restore_identity, restore_thread};
 use ferry_engine::task::{
-    ProcessOutside, ProcessQuestions, ThreadOutside, ThreadQuestions, identity, registers, timers,
+    Checks, ProcessOutside, ProcessQuestions, ThreadOutside, ThreadQuestions, identity, refuse, registers, timers,
 };
+use ferry_engine::tree::TaskRef;
 
 mod sleeper;
 use sleeper::{Sleeper, vdso};
@@ -238,6 +240,12 @@ fn every_setting_is_restored_and_read_back() {
     creds.cap_amb = vec![1 << 10, 0];
     creds.secbits = 0x2c; // SECBIT_NO_SETUID_FIXUP with its lock, and the lock of SECBIT_KEEP_CAPS
     creds.no_new_privs = Some(1);
+    thread.ferry = Some(FerryThreadEntry {
+        io_priority: Some(2 << 13 | 7),
+        affinity: Some(vec![1]),
+        tsc_faults: Some(true),
+        ..FerryThreadEntry::default()
+    });
     let info = core.thread_info.as_mut().expect("registers");
     info.clear_tid_addr = 0x12340;
     info.gpregs.r12 = 0x1122_3344_5566_7788;
@@ -272,4 +280,45 @@ fn every_setting_is_restored_and_read_back() {
     assert!((999..=1000).contains(&left.real.vsec), "{left:?}");
     assert!(left.posix[..2].iter().all(|timer| timer.vsec == 4999), "{left:?}");
     assert_eq!((left.posix[2].vsec, left.posix[2].vnsec), (0, 0), "a timer that did not run does not run");
+}
+
+#[test]
+fn the_ban_on_making_memory_executable_is_restored() {
+    let mut victim = Victim::stop();
+    let pid = victim.pid;
+    // The agent itself cannot come in after it, so it stays for the questions.
+    victim.with_agent(|runner| {
+        let mut batch = runner.batch();
+        let mut checks = Checks::default();
+        let wanted = FerryTaskEntry { mdwe: Some(1), memory_merge: None };
+        identity::restore_memory_rules(&mut batch, &wanted, &mut checks);
+        let questions = identity::ProcessQuestions::ask(&mut batch);
+        let answers = batch.run().expect("batch");
+        checks.verify(pid, &answers).expect("rules");
+        let settings = questions.answers(&answers).expect("settings");
+        assert_eq!(settings.dump_extension(), Some(wanted));
+    });
+}
+
+#[test]
+fn what_images_cannot_hold_is_refused_by_name() {
+    let mut victim = Victim::stop();
+    let pid = victim.pid;
+    let task = TaskRef::open(pid, NsPid(pid.0), "sleep".into()).expect("the process");
+    let running = refuse::check_running(&task);
+    assert!(running.len() == 1 && running[0].object == "ptrace", "we trace it: {running:?}");
+
+    let outside = ThreadOutside::collect(pid, victim.stop, &mut victim.context).expect("thread");
+    let answers = victim.with_agent(|runner| {
+        let mut batch = runner.batch();
+        // A 32-bit data segment over all memory (modify_ldt(2), `struct user_desc`).
+        let segment = batch.bytes([0u32, 0, 0xfffff, 0b1_0001].map(u32::to_ne_bytes).as_flattened());
+        let made = batch.call(libc::SYS_modify_ldt, &[1, segment.0, 16]);
+        let questions = ThreadQuestions::ask(&mut batch);
+        let answers = batch.run().expect("batch");
+        assert_eq!(answers.result(made), Ok(0));
+        questions.answers(&answers).expect("thread").complete(runner).expect("thread")
+    });
+    let refusals = refuse::check_thread(&task, NsPid(pid.0), &outside, &answers);
+    assert!(refusals.len() == 1 && refusals[0].problem.contains("modify_ldt"), "{refusals:?}");
 }

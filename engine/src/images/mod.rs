@@ -33,9 +33,9 @@ pub use frame::{DecodeError, Encoder, Reader, decode_all, decode_one, encode};
 pub use kind::{ImageName, Kind, Naming};
 pub use manifest::{Digest, ImageDigest, MANIFEST_NAME, Manifest, ManifestError};
 pub use record::{
-    apparmor, bpfmap, cgroup, core, core_aarch64, core_x86, cpuinfo, creds, event, file_lock, files, fown, fs,
-    fsnotify, ghost, ids, inet, inventory, ipc, memfd, mm, mnt, net, netlink, ns, packet, pagemap, pidfd, pipe, pstree,
-    regfile, seccomp, signal, sockets, stats, timer, tty, tun, unix,
+    apparmor, bpfmap, cgroup, core, core_aarch64, core_x86, cpuinfo, creds, event, extension, file_lock, files, fown,
+    fs, fsnotify, ghost, ids, inet, inventory, ipc, memfd, mm, mnt, net, netlink, ns, packet, pagemap, pidfd, pipe,
+    pstree, regfile, seccomp, signal, sockets, stats, timer, tty, tun, unix,
 };
 pub use set::ImageSet;
 pub use sink::{Sink, SinkError};

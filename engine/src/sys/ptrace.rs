@@ -23,6 +23,7 @@ const NT_X86_XSTATE: usize = 0x202;
 const GETSIGMASK: libc::c_uint = 0x420a;
 const SETSIGMASK: libc::c_uint = 0x420b;
 const GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+const GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
 const SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
 const SECCOMP_GET_METADATA: libc::c_uint = 0x420d;
 const PEEKSIGINFO: libc::c_uint = 0x4209;
@@ -204,6 +205,14 @@ pub fn pending_signals(tid: HostPid, shared: bool) -> nix::Result<Vec<[u8; 128]>
             return Ok(signals);
         }
     }
+}
+
+/// Whether the thread has its system calls dispatched to itself (`PR_SET_SYSCALL_USER_DISPATCH`; the request is of Linux 6.4).
+pub fn syscall_user_dispatch(tid: HostPid) -> nix::Result<bool> {
+    let mut configuration = [0u64; 4];
+    let data = configuration.as_mut_ptr() as usize;
+    request(GET_SYSCALL_USER_DISPATCH_CONFIG, tid, mem::size_of_val(&configuration), data)?;
+    Ok(configuration[0] != 0)
 }
 
 /// The raw `siginfo_t` of the signal that the thread is about to take ([`Stop::Signal`]).

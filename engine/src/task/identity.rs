@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use super::{Checks, TaskError};
 use crate::agent::{Answers, Batch, Call, Out};
 use crate::images::core::{TaskCoreEntry, ThreadCoreEntry};
+use crate::images::extension::FerryTaskEntry;
 use crate::sys::HostPid;
 
 const NAME: usize = 16;
@@ -92,6 +93,8 @@ pub struct ProcessQuestions {
     dumpable: Call,
     thp_disabled: Call,
     membarrier: Call,
+    mdwe: Call,
+    memory_merge: Call,
 }
 
 /// The settings of a process.
@@ -107,6 +110,10 @@ pub struct ProcessSettings {
     pub thp_disabled: bool,
     /// `MEMBARRIER_CMD_REGISTER_*` bits.
     pub membarrier: u32,
+    /// `PR_MDWE_*` flags: memory that is writable cannot become executable.
+    pub mdwe: u32,
+    /// Whether all its memory may be merged.
+    pub memory_merge: bool,
 }
 
 impl ProcessQuestions {
@@ -120,6 +127,8 @@ impl ProcessQuestions {
             dumpable: batch.call(prctl, &[libc::PR_GET_DUMPABLE as u64]),
             thp_disabled: batch.call(prctl, &[libc::PR_GET_THP_DISABLE as u64]),
             membarrier: batch.call(libc::SYS_membarrier, &[MEMBARRIER_CMD_GET_REGISTRATIONS, 0]),
+            mdwe: batch.call(prctl, &[libc::PR_GET_MDWE as u64]),
+            memory_merge: batch.call(prctl, &[libc::PR_GET_MEMORY_MERGE as u64]),
         }
     }
 
@@ -136,7 +145,21 @@ impl ProcessQuestions {
             thp_disabled: answers.value(self.thp_disabled)? != 0,
             // EINVAL before Linux 6.3; a process can then be asked by its registrations' effects only, so none is assumed.
             membarrier: answers.result(self.membarrier).unwrap_or(0) as u32,
+            // Kernels without these (Linux 6.3, 6.4) have nothing to tell.
+            mdwe: answers.result(self.mdwe).unwrap_or(0) as u32,
+            memory_merge: answers.result(self.memory_merge) == Ok(1),
         })
+    }
+}
+
+impl ProcessSettings {
+    /// What the format itself has no place for; none if there is nothing.
+    pub fn dump_extension(&self) -> Option<FerryTaskEntry> {
+        let entry = FerryTaskEntry {
+            mdwe: (self.mdwe != 0).then_some(self.mdwe),
+            memory_merge: self.memory_merge.then_some(true),
+        };
+        (entry != FerryTaskEntry::default()).then_some(entry)
     }
 }
 
@@ -197,6 +220,18 @@ pub fn restore_process_settings(batch: &mut Batch<'_>, entry: &TaskCoreEntry, ch
     for command in (0..32).map(|bit| 1u32 << bit).filter(|command| registered & command != 0) {
         let what = format!("membarrier registration {command:#x}");
         checks.call(batch, what, libc::SYS_membarrier, &[u64::from(command), 0]);
+    }
+}
+
+/// Appends the rules of a process for its memory; after the memory is whole.
+pub fn restore_memory_rules(batch: &mut Batch<'_>, entry: &FerryTaskEntry, checks: &mut Checks) {
+    if entry.memory_merge == Some(true) {
+        // Needs CAP_SYS_RESOURCE, and a program runs as well without.
+        batch.call(libc::SYS_prctl, &[libc::PR_SET_MEMORY_MERGE as u64, 1]);
+    }
+    if let Some(flags) = entry.mdwe {
+        let arguments = [libc::PR_SET_MDWE as u64, u64::from(flags)];
+        checks.call(batch, "ban on memory that is made executable", libc::SYS_prctl, &arguments);
     }
 }
 

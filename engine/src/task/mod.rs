@@ -2,20 +2,24 @@
 //!
 //! One file per kernel object, each with its dump and its restore half:
 //!
-//! - [`registers`], [`rseq`]: the processor's state, and restartable sequences;
+//! - [`registers`], [`rseq`], [`processor`]: the processor's state, restartable sequences, and switches;
 //! - [`signals`], [`timers`]: actions, stacks, queues; interval and POSIX timers;
 //! - [`credentials`], [`seccomp`]: what a thread may do;
-//! - [`limits`], [`scheduling`], [`identity`]: limits, priorities, name, and the many small settings of prctl(2);
-//! - [`thread`], [`process`]: a whole thread and a whole process, put together from these.
+//! - [`limits`], [`scheduling`], [`affinity`], [`identity`]: limits, priorities, processors, name, and the many small settings of prctl(2);
+//! - [`thread`], [`process`]: a whole thread and a whole process, put together from these;
+//! - [`refuse`]: what cannot be saved.
 //!
 //! A dump asks from outside what ptrace(2) tells of a stopped thread, and everything else from inside, in one batch per
 //! thread: a call from inside costs a tenth of a microsecond, a file of `/proc` tens of microseconds. Most questions are
 //! answered from inside for a second reason: the ids are then those of the tree's own namespaces.
 
+pub mod affinity;
 pub mod credentials;
 pub mod identity;
 pub mod limits;
 pub mod process;
+pub mod processor;
+pub mod refuse;
 pub mod registers;
 pub mod rseq;
 pub mod scheduling;

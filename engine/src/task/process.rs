@@ -4,7 +4,7 @@ use super::identity::{self, ProcessSettings};
 use super::seccomp::FilterTable;
 use super::thread::{ThreadAnswers, ThreadOutside, dump_thread};
 use super::timers::{self, Listed};
-use super::{Checks, TaskError, limits, signals};
+use super::{Checks, TaskError, affinity, limits, signals};
 use crate::agent::inject::Context;
 use crate::agent::{Answers, Batch};
 use crate::images::core::{CoreEntry, TaskCoreEntry, TaskRlimitsEntry, task_state};
@@ -19,9 +19,10 @@ use crate::sys::{HostPid, NsPid};
 #[derive(Clone, Debug)]
 pub struct ProcessOutside {
     pending: SignalQueueEntry,
-    timers: Vec<Listed>,
+    pub(super) timers: Vec<Listed>,
     oom_score_adj: i32,
     loginuid: Option<u32>,
+    pub(super) cpuset: Option<Vec<u8>>,
 }
 
 impl ProcessOutside {
@@ -35,6 +36,7 @@ impl ProcessOutside {
             timers: timers::collect_timers(pid)?,
             oom_score_adj: identity::collect_oom_score_adj(pid)?,
             loginuid: identity::collect_loginuid(pid)?,
+            cpuset: affinity::collect_cpuset(pid),
         })
     }
 }
@@ -106,7 +108,7 @@ pub struct Leader<'a> {
 /// The `core` entry of a process's leader, but for the ids of what it shares and its cgroups.
 pub fn dump_leader(leader: &Leader<'_>, table: &mut FilterTable) -> CoreEntry {
     let (outside, answers) = leader.process;
-    let mut core = dump_thread(leader.context, leader.thread.0, leader.thread.1, table);
+    let mut core = dump_thread(leader.context, leader.thread.0, leader.thread.1, outside, table);
     // A leader's mask is its process's field; the image's other threads have their own.
     if let Some(thread) = &mut core.thread_core {
         thread.blk_sigset = None;
@@ -135,6 +137,7 @@ pub fn dump_leader(leader: &Leader<'_>, table: &mut FilterTable) -> CoreEntry {
         child_subreaper: Some(settings.subreaper),
         blk_sigset_extended: None,
         stop_signo: stop_signal,
+        ferry: settings.dump_extension(),
         membarrier_registration_mask: (settings.membarrier != 0).then_some(settings.membarrier),
     });
     core

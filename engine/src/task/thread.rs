@@ -2,13 +2,16 @@
 
 use super::credentials;
 use super::identity::{self, ThreadSettings};
+use super::process::ProcessOutside;
+use super::processor::{self, Switches};
 use super::scheduling::{self, Scheduling};
 use super::seccomp::{self, Filter, FilterTable};
-use super::{Checks, TaskError, registers, rseq, signals};
+use super::{Checks, TaskError, affinity, registers, rseq, signals};
 use crate::agent::inject::Context;
 use crate::agent::{Answers, Batch, Runner};
 use crate::images::core::{CoreEntry, March, RseqEntry, ThreadCoreEntry, ThreadSasEntry};
 use crate::images::creds::CredsEntry;
+use crate::images::extension::FerryThreadEntry;
 use crate::images::seccomp::SeccompMode;
 use crate::images::signal::SignalQueueEntry;
 use crate::sys::HostPid;
@@ -22,6 +25,8 @@ pub struct ThreadOutside {
     filters: Vec<Filter>,
     /// Components of the extended state that no image can hold, by name; any is a reason to refuse.
     pub unsupported_state: Vec<String>,
+    /// Whether its system calls are turned into signals (`PR_SET_SYSCALL_USER_DISPATCH`), which images cannot hold.
+    pub dispatches_calls: bool,
 }
 
 impl ThreadOutside {
@@ -45,6 +50,8 @@ impl ThreadOutside {
             pending: signals::dump_queue(pending),
             filters: seccomp::collect_filters(tid)?,
             unsupported_state: unsupported.into_iter().map(registers::component_name).collect(),
+            // The request is as old as Linux 6.4; the dispatch is older, but used by emulators only.
+            dispatches_calls: ptrace::syscall_user_dispatch(tid).unwrap_or(false),
         })
     }
 }
@@ -54,6 +61,8 @@ pub struct ThreadQuestions {
     settings: identity::ThreadQuestions,
     stack: signals::StackQuestion,
     scheduling: scheduling::Question,
+    affinity: affinity::Question,
+    switches: processor::Questions,
     credentials: credentials::Questions,
 }
 
@@ -66,6 +75,10 @@ pub struct ThreadAnswers {
     pub stack: ThreadSasEntry,
     /// Scheduling.
     pub scheduling: Scheduling,
+    /// Processors it may run on.
+    pub affinity: Vec<u8>,
+    /// Switches of the processor.
+    pub switches: Switches,
     /// Credentials.
     pub credentials: CredsEntry,
 }
@@ -77,6 +90,8 @@ impl ThreadQuestions {
             settings: identity::ThreadQuestions::ask(batch),
             stack: signals::StackQuestion::ask(batch),
             scheduling: scheduling::Question::ask(batch),
+            affinity: affinity::Question::ask(batch),
+            switches: processor::Questions::ask(batch),
             credentials: credentials::Questions::ask(batch),
         }
     }
@@ -90,6 +105,8 @@ impl ThreadQuestions {
             settings: self.settings.answers(answers)?,
             stack: self.stack.answer(answers)?,
             scheduling: self.scheduling.answer(answers)?,
+            affinity: self.affinity.answer(answers)?,
+            switches: self.switches.answers(answers),
             credentials: self.credentials.answers(answers)?,
         }))
     }
@@ -115,6 +132,7 @@ pub fn dump_thread(
     context: &Context,
     outside: &ThreadOutside,
     answers: &ThreadAnswers,
+    process: &ProcessOutside,
     table: &mut FilterTable,
 ) -> CoreEntry {
     let settings = &answers.settings;
@@ -133,7 +151,11 @@ pub fn dump_thread(
         rseq_entry: Some(outside.rseq.clone()),
         ..ThreadCoreEntry::default()
     };
-    answers.scheduling.dump(&mut thread);
+    let mut more = FerryThreadEntry::default();
+    answers.scheduling.dump(&mut thread, &mut more);
+    affinity::dump_affinity(&answers.affinity, process.cpuset.as_deref(), &mut more);
+    answers.switches.dump(&mut more);
+    thread.ferry = (more != FerryThreadEntry::default()).then_some(more);
     CoreEntry {
         mtype: March::X86_64 as i32,
         thread_info: Some(registers::dump_registers(context, settings.tid_address)),
@@ -163,7 +185,11 @@ pub fn restore_thread(batch: &mut Batch<'_>, core: &CoreEntry, tid: u32) -> Resu
     identity::restore_thread_settings(batch, thread, name, tid_address, &mut checks);
     rseq::restore_rseq(batch, thread.rseq_entry.as_ref(), &mut checks);
     signals::restore_stack(batch, thread.sas.as_ref(), &mut checks);
-    scheduling::restore_scheduling(batch, thread, &mut checks);
+    let none = FerryThreadEntry::default();
+    let more = thread.ferry.as_ref().unwrap_or(&none);
+    scheduling::restore_scheduling(batch, thread, more, &mut checks);
+    affinity::restore_affinity(batch, more, tid)?;
+    processor::restore_switches(batch, more, tid, &mut checks)?;
     Ok(checks)
 }
 
@@ -194,6 +220,7 @@ pub fn restore_identity(batch: &mut Batch<'_>, core: &CoreEntry, tid: u32) -> Re
     let (thread, _) = parts(core, tid)?;
     let mut checks = Checks::default();
     if let Some(process) = &core.tc {
+        identity::restore_memory_rules(batch, &process.ferry.unwrap_or_default(), &mut checks);
         super::limits::restore_limits(batch, process.rlimits.as_ref(), &mut checks);
     }
     let damaged = || TaskError::Image { tid, what: "it has no credentials".into() };

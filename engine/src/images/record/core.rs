@@ -3,6 +3,7 @@
 use super::core_aarch64::ThreadInfoAarch64;
 use super::core_x86::ThreadInfoX86;
 use super::creds::CredsEntry;
+use super::extension::{FerryTaskEntry, FerryThreadEntry};
 use super::ids::TaskKobjIdsEntry;
 use super::seccomp::SeccompMode;
 use super::signal::{SaEntry, SignalQueueEntry};
@@ -81,6 +82,8 @@ pub struct TaskCoreEntry {
     pub stop_signo: Option<u32>,
     #[prost(uint32, optional, tag = "22")]
     pub membarrier_registration_mask: Option<u32>,
+    #[prost(message, optional, tag = "1000")]
+    pub ferry: Option<FerryTaskEntry>,
 }
 
 /// Resource limits, in the order of the `RLIMIT_*` numbers.
@@ -134,6 +137,8 @@ pub struct ThreadCoreEntry {
     pub rseq_entry: Option<RseqEntry>,
     #[prost(uint32, optional, tag = "16")]
     pub cg_set: Option<u32>,
+    #[prost(message, optional, tag = "1000")]
+    pub ferry: Option<FerryThreadEntry>,
 }
 
 /// Alternate signal stack (`sigaltstack(2)`).

@@ -17,6 +17,7 @@ pub mod core_x86;
 pub mod cpuinfo;
 pub mod creds;
 pub mod event;
+pub mod extension;
 pub mod file_lock;
 pub mod files;
 pub mod fown;
