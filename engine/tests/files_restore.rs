@@ -59,7 +59,7 @@ fn files_pipes_and_events_come_back() {
         twin.as_fd(),
     ];
     let holder = Holder::start(&all);
-    let collector = holder.collect(FilesOptions::default());
+    let mut collector = holder.collect(FilesOptions::default());
     assert_eq!(collector.refusals(), []);
     let dump = collector.finish();
     assert_eq!(dump.fdinfo.len(), 1);
@@ -137,7 +137,7 @@ fn deleted_files_and_fifos_come_back() {
     rustix::io::write(&writer, b"queued").unwrap();
 
     let holder = Holder::start(&[deleted.as_fd(), again.as_fd(), sparse.as_fd(), reader.as_fd(), writer.as_fd()]);
-    let collector = holder.collect(FilesOptions::default());
+    let mut collector = holder.collect(FilesOptions::default());
     assert_eq!(collector.refusals(), []);
     let dump = collector.finish();
     let ghosts = dump.images.iter().filter(|(name, _)| name.starts_with("ghost-file-")).count();
@@ -242,16 +242,54 @@ fn changed_and_missing_files_are_named() {
 }
 
 #[test]
+fn an_epoll_instance_watches_what_it_watched() {
+    use rustix::event::epoll;
+    let instance = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+    let ready = eventfd(1, EventfdFlags::CLOEXEC).unwrap();
+    let idle = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let closed = dup(&idle).unwrap();
+    epoll::add(
+        &instance,
+        &ready,
+        epoll::EventData::new_u64(u64::MAX - 7),
+        epoll::EventFlags::IN | epoll::EventFlags::ET,
+    )
+    .unwrap();
+    epoll::add(&instance, &closed, epoll::EventData::new_u64(9), epoll::EventFlags::IN).unwrap();
+    // The number that the second was added with is another's by now.
+    drop(closed);
+    let other = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let holder = Holder::start(&[instance.as_fd(), ready.as_fd(), idle.as_fd(), other.as_fd()]);
+    let mut collector = holder.collect(FilesOptions::default());
+    assert_eq!(collector.refusals(), []);
+    let dump = collector.finish();
+    drop(holder);
+    let tasks = Tasks::restore(&mut plan(&images(&dump), &[(None, 1)], Inherited::new()).unwrap(), &[]).unwrap();
+    let restored = tasks.descriptor(0, raw(&instance));
+    let mut events = Vec::with_capacity(8);
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let wait = |events: &mut Vec<epoll::Event>| {
+        events.clear();
+        epoll::wait(&restored, rustix::buffer::spare_capacity(events), Some(&now)).unwrap();
+        events.iter().map(|event| event.data.u64()).collect::<Vec<_>>()
+    };
+    assert_eq!(wait(&mut events), [u64::MAX - 7]);
+    assert!(wait(&mut events).is_empty(), "it is edge-triggered");
+    rustix::io::write(tasks.descriptor(0, raw(&idle)), &1u64.to_ne_bytes()).unwrap();
+    assert_eq!(wait(&mut events), [9]);
+}
+
+#[test]
 fn an_inherited_pipe_takes_the_place_of_the_one_left_behind() {
     let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC).unwrap();
     let holder = Holder::start(&[write_end.as_fd()]);
-    let collector = holder.collect(FilesOptions::default());
+    let mut collector = holder.collect(FilesOptions::default());
     let refusals = collector.refusals();
     assert_eq!(refusals.len(), 1, "{refusals:?}");
     assert!(refusals[0].to_string().contains("outside the tree"), "{}", refusals[0]);
     let inode = rustix::fs::fstat(&read_end).unwrap().st_ino;
     let options = FilesOptions { external: [format!("pipe[{inode}]")].into(), ..FilesOptions::default() };
-    let collector = holder.collect(options);
+    let mut collector = holder.collect(options);
     assert_eq!(collector.refusals(), []);
     let dump = collector.finish();
     drop(holder);
@@ -293,7 +331,7 @@ fn thousands_of_descriptors_take_little_time() {
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let holder = Holder::start(&borrowed);
     let start = std::time::Instant::now();
-    let collector = holder.collect(FilesOptions::default());
+    let mut collector = holder.collect(FilesOptions::default());
     let took = start.elapsed();
     assert_eq!(collector.refusals(), []);
     let dump = collector.finish();

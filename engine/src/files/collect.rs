@@ -7,7 +7,7 @@
 //! On a tree that runs, whatever vanishes between two looks is passed over.
 
 use std::cmp::Ordering;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Statx, openat, readlinkat_raw, statx};
 use rustix::path::DecInt;
 
+use super::epoll::{collect_epoll, resolve_targets};
 use super::event;
 use super::fdinfo::FdInfo;
 use super::ghost::Ghosts;
@@ -129,8 +130,17 @@ pub struct FilesCollector {
     ghosts: Ghosts,
     pipes: Pipes<Holder>,
     fifos: Pipes<Holder>,
+    /// epoll instances by id, with the descriptors that name them.
+    epolls: BTreeMap<u32, Epoll>,
     refusals: Vec<Refusal>,
     dump: FilesDump,
+}
+
+/// An epoll instance whose targets are yet to be tied to descriptors, which may come later.
+struct Epoll {
+    file: usize,
+    holder: Holder,
+    named_by: Vec<(HostPid, u32)>,
 }
 
 impl FilesCollector {
@@ -151,6 +161,7 @@ impl FilesCollector {
             ghosts: Ghosts::default(),
             pipes: Pipes::default(),
             fifos: Pipes::default(),
+            epolls: BTreeMap::new(),
             refusals: Vec::new(),
             dump: FilesDump::default(),
         })
@@ -259,7 +270,13 @@ impl FilesCollector {
         };
         let index = match self.alike.get(&likeness) {
             Some(alike) => match position(alike, task.pid, fd) {
-                Ok(index) => return Ok((alike[index].id, alike[index].kind)),
+                Ok(index) => {
+                    let Known { id, kind, .. } = alike[index];
+                    if let Some(epoll) = self.epolls.get_mut(&id) {
+                        epoll.named_by.push((task.pid, fd));
+                    }
+                    return Ok((id, kind));
+                }
                 Err(index) => index,
             },
             None => 0,
@@ -294,6 +311,13 @@ impl FilesCollector {
         let duplicate = self.duplicate(descriptor)?;
         let fown = collect_owner(duplicate.as_fd())?;
         match name {
+            b"anon_inode:[eventpoll]" => {
+                let epfd = collect_epoll(id, &info, fown)?;
+                let named_by = vec![(descriptor.task.pid, descriptor.fd)];
+                let holder = self.holder_of(descriptor);
+                self.epolls.insert(id, Epoll { file: self.dump.files.len(), holder, named_by });
+                Ok(FileEntry { epfd: Some(epfd), ..entry(FdType::Eventpoll) })
+            }
             b"anon_inode:[eventfd]" => {
                 Ok(FileEntry { efd: Some(event::collect_eventfd(id, &info, fown)?), ..entry(FdType::Eventfd) })
             }
@@ -436,8 +460,36 @@ impl FilesCollector {
         self.add_link(task, "root", "its root directory")
     }
 
+    /// Ties the targets of epoll instances to descriptors of a task that has both.
+    fn resolve_epolls(&mut self) {
+        for Epoll { file, holder, named_by } in std::mem::take(&mut self.epolls).into_values() {
+            let Some(entry) = self.dump.files.get_mut(file).and_then(|file| file.epfd.as_mut()) else { continue };
+            let mut lost = None;
+            for (pid, fd) in named_by {
+                let fds = numbers_of(pid).unwrap_or_default();
+                let mut resolved = entry.clone();
+                match resolve_targets(&mut resolved, (pid, fd), &fds) {
+                    Ok(()) => {
+                        *entry = resolved;
+                        lost = None;
+                        break;
+                    }
+                    Err(target) => lost = lost.or(Some(target)),
+                }
+            }
+            // What a running task adds and removes meanwhile is no finding.
+            if let Some(target) = lost.filter(|_| self.options.stopped) {
+                self.refusals.push(holder.refusal(Problem::new(
+                    format!("it watches what was once its descriptor {target}, which no task that has the instance holds any more"),
+                    "have the program remove it from the instance (EPOLL_CTL_DEL), or close all its duplicates",
+                )));
+            }
+        }
+    }
+
     /// Everything that cannot be saved, once all tasks have been added.
-    pub fn refusals(&self) -> Vec<Refusal> {
+    pub fn refusals(&mut self) -> Vec<Refusal> {
+        self.resolve_epolls();
         let mut refusals = self.refusals.clone();
         let pipes = self.pipes.half_outside().map(|(inode, holder)| (format!("pipe[{inode}]"), holder));
         let fifos = self.fifos.half_outside().map(|(inode, holder)| (format!("fifo[{inode}]"), holder));
@@ -456,6 +508,7 @@ impl FilesCollector {
 
     /// The records of all that was added.
     pub fn finish(mut self) -> FilesDump {
+        self.resolve_epolls();
         let mut put = |kind: Kind, image: Vec<u8>| {
             if image != kind.magic() {
                 self.dump.images.push((kind.name(), image));
@@ -499,6 +552,12 @@ fn numbers(directory: &OwnedFd) -> rustix::io::Result<Vec<u32>> {
     }
     numbers.sort_unstable();
     Ok(numbers)
+}
+
+/// The descriptors of a task.
+fn numbers_of(pid: HostPid) -> rustix::io::Result<Vec<u32>> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    numbers(&rustix::fs::open(format!("/proc/{pid}/fd"), flags, Mode::empty())?)
 }
 
 /// Reads an fdinfo file into `buffer`, which grows when an epoll instance has much to say.

@@ -13,6 +13,7 @@
 //! each open file description once, in the lowest common ancestor of its holders, and lets clone(2) hand it down.
 
 mod collect;
+mod epoll;
 mod event;
 mod fdinfo;
 mod ghost;

@@ -194,6 +194,14 @@ impl RestorePlan {
         self.inherited_at.get(key).copied()
     }
 
+    /// The task that has epoll instance `id` watch its descriptor `target` again: the first that holds both.
+    pub(super) fn watcher(&self, id: u32, target: u32) -> Option<usize> {
+        let holds = |table: &&Table| {
+            table.entries.iter().any(|entry| entry.id == id) && table.entries.iter().any(|entry| entry.fd == target)
+        };
+        self.tables.values().filter(holds).map(|table| table.owner).min()
+    }
+
     /// The words for a description in messages: its number in the first task that has it, and its path or kind.
     pub(super) fn object(&self, id: u32) -> String {
         let name = match self.entries.get(&id) {
@@ -279,6 +287,7 @@ impl RestorePlan {
                 }
                 None => false,
             },
+            FdType::Eventpoll => entry.epfd.is_some(),
             FdType::Eventfd => entry.efd.is_some(),
             FdType::Signalfd => entry.sgfd.is_some(),
             FdType::Timerfd => entry.tfd.is_some(),

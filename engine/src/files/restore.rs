@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, openat2, statx};
 
+use super::epoll::{restore_epoll, watch_target};
 use super::event::{arm_timerfd, restore_eventfd, restore_signalfd, restore_timerfd};
 use super::owner::restore_owner;
 use super::pipe::{directions, restore_fifo, restore_pipe};
@@ -11,6 +12,7 @@ use super::plan::{Obstacle, RestoreFilesError, RestorePlan, Unit, inconsistent};
 use super::regular::{STATX, open_flags, restore_regular};
 use super::session::{Done, Numbers, Place, Session, SessionError, Temporary, compare};
 use crate::agent::{Batch, Call, Runner};
+use crate::images::event::EventpollTfdEntry;
 use crate::images::files::{FdType, FileEntry};
 use crate::images::fown::FownEntry;
 use crate::images::pipe::PipeEntry;
@@ -118,6 +120,12 @@ impl RestorePlan {
             }
             session.close_range(self.base, u32::MAX)?;
             for (id, places) in &places {
+                if let Some(epoll) = self.entries.get(id).and_then(|entry| entry.epfd.as_ref()) {
+                    let own = |target: &&EventpollTfdEntry| self.watcher(*id, target.tfd) == Some(task);
+                    for target in epoll.tfd.iter().filter(own) {
+                        watch_target(&mut session, places[0].number, target)?;
+                    }
+                }
                 if self.first_holder.get(id).is_some_and(|(holder, _)| *holder == task) {
                     self.complete(&mut session, *id, places)?;
                 }
@@ -144,6 +152,7 @@ impl RestorePlan {
             FdType::Reg => entry.reg.as_ref().map(|reg| (&reg.fown, reg.flags))?,
             FdType::Pipe => entry.pipe.as_ref().map(|pipe| (&pipe.fown, pipe.flags))?,
             FdType::Fifo => self.fifo_file(entry).map(|reg| (&reg.fown, reg.flags))?,
+            FdType::Eventpoll => entry.epfd.as_ref().map(|epoll| (&epoll.fown, epoll.flags))?,
             FdType::Eventfd => entry.efd.as_ref().map(|event| (&event.fown, event.flags))?,
             FdType::Signalfd => entry.sgfd.as_ref().map(|signal| (&signal.fown, signal.flags))?,
             FdType::Timerfd => entry.tfd.as_ref().map(|timer| (&timer.fown, timer.flags))?,
@@ -203,6 +212,7 @@ impl RestorePlan {
                 }
                 Ok(made)
             }
+            FileEntry { epfd: Some(_), .. } => one(restore_epoll(session, flag)?),
             FileEntry { efd: Some(event), .. } => one(restore_eventfd(session, event, flag)?),
             FileEntry { sgfd: Some(signal), .. } => one(restore_signalfd(session, signal, flag)?),
             FileEntry { tfd: Some(timer), .. } => one(restore_timerfd(session, timer, flag)?),

@@ -38,3 +38,24 @@ pub fn compare(kind: Kind, left: (HostPid, u32), right: (HostPid, u32)) -> nix::
         _ => Err(nix::errno::Errno::ENOTSUP),
     }
 }
+
+/// A description that an epoll instance watches.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct EpollSlot {
+    /// The instance's descriptor.
+    pub epoll: u32,
+    /// The number that the description was added with.
+    pub target: u32,
+    /// Which of several that were added with the same number.
+    pub order: u32,
+}
+
+/// Whether descriptor `fd` of the task names the description in `slot` of its epoll instance (`KCMP_EPOLL_TFD`, Linux 4.13).
+pub fn is_epoll_target(task: HostPid, fd: u32, slot: EpollSlot) -> nix::Result<bool> {
+    const KCMP_EPOLL_TFD: i32 = 7;
+    // SAFETY: for this kind the second index is a pointer to a structure of three 32-bit words, which outlives the call.
+    let result =
+        check(unsafe { libc::syscall(libc::SYS_kcmp, task.0, task.0, KCMP_EPOLL_TFD, fd as usize, &raw const slot) })?;
+    Ok(result == 0)
+}
