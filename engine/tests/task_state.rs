@@ -12,12 +12,13 @@ use ferry_engine::images::timer::{ItimerEntry, PosixTimerEntry};
 use ferry_engine::procfs::Stat;
 use ferry_engine::sys::robust::RobustList;
 use ferry_engine::sys::{HostPid, NsPid, ptrace};
-use ferry_engine::task::process::{Leader, dump_leader, restore_process};
+use ferry_engine::task::process::{dump_leader, restore_process};
 use ferry_engine::task::seccomp::{self, FilterTable};
 use ferry_engine::task::signals::{self, QueueIds};
 use ferry_engine::task::thread::{restore_identity, restore_thread};
 use ferry_engine::task::{
-    Checks, ProcessOutside, ProcessQuestions, ThreadOutside, ThreadQuestions, identity, refuse, registers, timers,
+    Checks, Process, ProcessOutside, ProcessQuestions, Queues, Thread, ThreadOutside, ThreadQuestions, identity,
+    refuse, registers, timers,
 };
 use ferry_engine::tree::TaskRef;
 
@@ -67,16 +68,12 @@ impl Victim {
             let process = of_process.answers(&answers, same).expect("process");
             (thread.complete(runner).expect("thread"), process)
         });
+        let queues = Queues::collect([pid]).expect("queues");
         let stat = Stat::read(pid).expect("stat");
         let mut table = FilterTable::default();
-        let leader = Leader {
-            context: &self.context,
-            stop,
-            stat: &stat,
-            thread: (&thread, &thread_answers),
-            process: (&process, &process_answers),
-        };
-        let core = dump_leader(&leader, &mut table);
+        let thread = Thread { place: 0, context: &self.context, outside: &thread, answers: &thread_answers };
+        let process = Process { outside: &process, answers: &process_answers, queues: &queues };
+        let core = dump_leader(thread, process, stop, &stat, &mut table);
         (core, table.finish())
     }
 

@@ -2,7 +2,8 @@
 //!
 //! One file per kernel object, each with its dump and its restore half:
 //!
-//! - [`registers`], [`rseq`], [`processor`]: the processor's state, restartable sequences, and switches;
+//! - [`registers`], [`interrupted`], [`rseq`], [`processor`]: the processor's state, interrupted calls, restartable
+//!   sequences, and switches;
 //! - [`signals`], [`timers`]: actions, stacks, queues; interval and POSIX timers;
 //! - [`credentials`], [`seccomp`]: what a thread may do;
 //! - [`limits`], [`scheduling`], [`affinity`], [`identity`]: limits, priorities, processors, name, and the many small settings of prctl(2);
@@ -16,6 +17,7 @@
 pub mod affinity;
 pub mod credentials;
 pub mod identity;
+pub mod interrupted;
 pub mod limits;
 pub mod process;
 pub mod processor;
@@ -33,8 +35,9 @@ use nix::errno::Errno;
 use crate::agent::{AgentError, Answers, Batch, Call};
 use crate::sys::HostPid;
 
-pub use process::{ProcessAnswers, ProcessOutside, ProcessQuestions};
-pub use thread::{ThreadAnswers, ThreadOutside, ThreadQuestions};
+pub use process::{Process, ProcessAnswers, ProcessOutside, ProcessQuestions};
+pub use signals::Queues;
+pub use thread::{Thread, ThreadAnswers, ThreadOutside, ThreadQuestions};
 
 /// Why the state of a task could not be read or restored.
 #[derive(Debug, thiserror::Error)]

@@ -1,24 +1,25 @@
 //! One process: what its threads share, and the `core` entries of leaders and zombies.
 
+use std::time::Instant;
+
 use super::identity::{self, ProcessSettings};
 use super::seccomp::FilterTable;
-use super::thread::{ThreadAnswers, ThreadOutside, dump_thread};
+use super::signals::Queues;
+use super::thread::{Thread, dump_thread};
 use super::timers::{self, Listed};
 use super::{Checks, TaskError, affinity, limits, signals};
-use crate::agent::inject::Context;
 use crate::agent::{Answers, Batch};
 use crate::images::core::{CoreEntry, TaskCoreEntry, TaskRlimitsEntry, task_state};
 use crate::images::core_x86::ThreadInfoX86;
-use crate::images::signal::{SaEntry, SignalQueueEntry};
+use crate::images::signal::SaEntry;
 use crate::images::timer::TaskTimersEntry;
 use crate::procfs::Stat;
 use crate::sys::ptrace::Stop;
 use crate::sys::{HostPid, NsPid};
 
-/// What `/proc` and ptrace(2) tell of a stopped process.
+/// What `/proc` tells of a process.
 #[derive(Clone, Debug)]
 pub struct ProcessOutside {
-    pending: SignalQueueEntry,
     pub(super) timers: Vec<Listed>,
     oom_score_adj: i32,
     loginuid: Option<u32>,
@@ -26,13 +27,12 @@ pub struct ProcessOutside {
 }
 
 impl ProcessOutside {
-    /// Collects it from a process whose leader is in a ptrace stop.
+    /// Collects it.
     ///
     /// # Errors
-    /// [`TaskError::Collect`], [`TaskError::Proc`].
+    /// [`TaskError::Proc`].
     pub fn collect(pid: HostPid) -> Result<Self, TaskError> {
         Ok(Self {
-            pending: signals::dump_queue(signals::collect_queue(pid, true)?),
             timers: timers::collect_timers(pid)?,
             oom_score_adj: identity::collect_oom_score_adj(pid)?,
             loginuid: identity::collect_loginuid(pid)?,
@@ -47,6 +47,7 @@ pub struct ProcessQuestions {
     actions: signals::ActionQuestions,
     timers: timers::Questions,
     limits: limits::Questions,
+    asked: Instant,
 }
 
 /// Its answers.
@@ -60,6 +61,8 @@ pub struct ProcessAnswers {
     pub timers: TaskTimersEntry,
     /// Limits.
     pub limits: TaskRlimitsEntry,
+    /// When the questions were put, before any was answered.
+    asked: Instant,
 }
 
 impl ProcessQuestions {
@@ -70,6 +73,7 @@ impl ProcessQuestions {
             actions: signals::ActionQuestions::ask(batch),
             timers: timers::Questions::ask(batch, &outside.timers),
             limits: limits::Questions::ask(batch),
+            asked: Instant::now(),
         }
     }
 
@@ -87,33 +91,39 @@ impl ProcessQuestions {
             actions: self.actions.answers(answers)?,
             timers: self.timers.answers(answers, ns_tid)?,
             limits: self.limits.answers(answers)?,
+            asked: self.asked,
         })
     }
 }
 
-/// A leader: its own part as a thread, and what its process shares.
-pub struct Leader<'a> {
-    /// What it was about to do, out of restartable sequences.
-    pub context: &'a Context,
-    /// How it was found.
-    pub stop: Stop,
-    /// `/proc/PID/stat`.
-    pub stat: &'a Stat,
-    /// Its own state.
-    pub thread: (&'a ThreadOutside, &'a ThreadAnswers),
-    /// Its process's state.
-    pub process: (&'a ProcessOutside, &'a ProcessAnswers),
+/// A process that is to be dumped.
+#[derive(Clone, Copy)]
+pub struct Process<'a> {
+    /// What `/proc` told.
+    pub outside: &'a ProcessOutside,
+    /// What its leader told.
+    pub answers: &'a ProcessAnswers,
+    /// Its pending signals, read after all others had been asked.
+    pub queues: &'a Queues,
 }
 
 /// The `core` entry of a process's leader, but for the ids of what it shares and its cgroups.
-pub fn dump_leader(leader: &Leader<'_>, table: &mut FilterTable) -> CoreEntry {
-    let (outside, answers) = leader.process;
-    let mut core = dump_thread(leader.context, leader.thread.0, leader.thread.1, outside, table);
+///
+/// `stop` is how the leader was found, `stat` is `/proc/PID/stat`.
+pub fn dump_leader(
+    thread: Thread<'_>,
+    process: Process<'_>,
+    stop: Stop,
+    stat: &Stat,
+    table: &mut FilterTable,
+) -> CoreEntry {
+    let Process { outside, answers, queues } = process;
+    let mut core = dump_thread(thread, process, table);
     // A leader's mask is its process's field; the image's other threads have their own.
     if let Some(thread) = &mut core.thread_core {
         thread.blk_sigset = None;
     }
-    let (state, stop_signal) = match leader.stop {
+    let (state, stop_signal) = match stop {
         Stop::Group(signal) => (task_state::STOPPED, Some(signal as u32)),
         _ => (task_state::ALIVE, None),
     };
@@ -122,13 +132,13 @@ pub fn dump_leader(leader: &Leader<'_>, table: &mut FilterTable) -> CoreEntry {
         task_state: state,
         exit_code: 0,
         personality: settings.personality,
-        flags: leader.stat.flags as u32,
-        blk_sigset: leader.context.mask,
-        comm: leader.thread.1.settings.name.clone(),
-        timers: Some(answers.timers.clone()),
+        flags: stat.flags as u32,
+        blk_sigset: thread.context.mask,
+        comm: thread.answers.settings.name.clone(),
+        timers: Some(timers::settle(&answers.timers, queues, queues.read - answers.asked)),
         rlimits: Some(answers.limits.clone()),
         cg_set: None,
-        signals_s: Some(outside.pending.clone()),
+        signals_s: Some(signals::dump_queue(&queues.shared)),
         old_seccomp_mode: None,
         old_seccomp_filter: None,
         loginuid: outside.loginuid,

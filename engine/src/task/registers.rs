@@ -289,3 +289,65 @@ pub fn set_final_registers(tid: HostPid, context: &Context) -> Result<(), TaskEr
     ptrace::set_registers(tid, &context.registers).map_err(failed("registers"))?;
     ptrace::set_signal_mask(tid, context.mask).map_err(failed("blocked signals"))
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// All zero.
+    pub fn none() -> Registers {
+        restore_general(&UserX86RegsEntry::default())
+    }
+
+    fn area() -> Vec<u8> {
+        let end =
+            (2..64).filter_map(|number| XsaveLayout::of_this_machine().range(number)).map(|range| range.end).max();
+        let mut area: Vec<u8> = (0..end.unwrap_or(EXTENDED_START)).map(|index| (index % 251) as u8).collect();
+        // In use: everything that the format knows and this processor has.
+        let has = |number: &u32| XsaveLayout::of_this_machine().range(*number).is_some();
+        let used = component::ALL.into_iter().filter(has).fold(LEGACY, |used, number| used | 1 << number);
+        area[XSTATE_BV..EXTENDED_START].fill(0);
+        area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&used.to_le_bytes());
+        area
+    }
+
+    #[test]
+    fn the_extended_state_survives_bit_by_bit() {
+        let area = area();
+        let entry = dump_extended(&area);
+        // A fresh thread differs wherever an image can hold something.
+        let fresh: Vec<u8> = area.iter().map(|byte| !byte).collect();
+        let restored = restore_extended(&entry, 1, &fresh).expect("fits");
+        let known = component::ALL.into_iter().filter_map(|number| XsaveLayout::of_this_machine().range(number));
+        for range in known.chain([0..24, 24..28, ST_SPACE, XMM_SPACE, XSTATE_BV..EXTENDED_START]) {
+            assert_eq!(restored[range.clone()], area[range.clone()], "{range:?}");
+        }
+    }
+
+    #[test]
+    fn a_component_without_a_place_is_named() {
+        let mut area = area();
+        assert!(unsupported_components(&area).is_empty());
+        area[XSTATE_BV + 2] |= 1 << 2; // component 18
+        assert_eq!(unsupported_components(&area), [18]);
+        assert_eq!(component_name(18), "AMX tiles");
+    }
+
+    #[test]
+    fn damaged_and_foreign_states_are_errors() {
+        let fresh = area();
+        let mut cut = dump_extended(&fresh);
+        cut.xmm_space.pop();
+        assert!(matches!(restore_extended(&cut, 1, &fresh), Err(TaskError::Image { .. })));
+        let mut foreign = dump_extended(&fresh);
+        if let Some(extended) = &mut foreign.xsave {
+            extended.xstate_bv |= 1 << 18;
+        }
+        assert!(matches!(restore_extended(&foreign, 1, &fresh), Err(TaskError::Machine { .. })));
+        let lacking = fresh[..EXTENDED_START].to_vec();
+        let whole = dump_extended(&fresh);
+        if whole.xsave.as_ref().is_some_and(|extended| !extended.ymmh_space.is_empty()) {
+            assert!(matches!(restore_extended(&whole, 1, &lacking), Err(TaskError::Machine { .. })));
+        }
+    }
+}

@@ -7,11 +7,13 @@
 //!
 //! Invariant: all signals stay blocked in every thread from before queues are restored until its registers are final.
 
+use std::time::Instant;
+
 use super::{Checks, TaskError};
 use crate::agent::{Answers, Batch, Call, Out, Runner};
 use crate::images::core::{CoreEntry, ThreadSasEntry};
 use crate::images::signal::{SaEntry, SiginfoEntry, SignalQueueEntry};
-use crate::sys::HostPid;
+use crate::sys::{HostPid, ptrace};
 
 const SIGNALS: u64 = 64;
 const SET_SIZE: u64 = 8;
@@ -84,8 +86,50 @@ impl StackQuestion {
     }
 }
 
+/// A queue of pending signals: the raw `siginfo_t` of each, oldest first.
+pub type Pending = Vec<[u8; SIGINFO_SIZE]>;
+
+/// All queues of a stopped process.
+#[derive(Clone, Debug)]
+pub struct Queues {
+    /// The process's own.
+    pub shared: Pending,
+    /// One for each thread, in the order given.
+    pub private: Vec<Pending>,
+    /// When they had been read.
+    pub(super) read: Instant,
+}
+
+impl Queues {
+    /// Copies the queues of a process whose `threads`, the leader first, are in ptrace stops.
+    ///
+    /// To be read last, when no agent is in the process any more: what the kernel queued meanwhile, above all for timers that
+    /// have expired, would be lost to the image otherwise.
+    ///
+    /// # Errors
+    /// [`TaskError::Collect`].
+    pub fn collect(threads: impl IntoIterator<Item = HostPid>) -> Result<Self, TaskError> {
+        let collect = |tid, shared, what| {
+            ptrace::pending_signals(tid, shared).map_err(|errno| TaskError::Collect { tid, what, errno })
+        };
+        let (mut shared, mut private) = (None, Vec::new());
+        for tid in threads {
+            if shared.is_none() {
+                shared = Some(collect(tid, true, "process's pending signals")?);
+            }
+            private.push(collect(tid, false, "pending signals")?);
+        }
+        Ok(Self { shared: shared.unwrap_or_default(), private, read: Instant::now() })
+    }
+
+    /// Every pending signal.
+    pub(super) fn all(&self) -> impl Iterator<Item = &[u8; SIGINFO_SIZE]> {
+        self.shared.iter().chain(self.private.iter().flatten())
+    }
+}
+
 /// One queue as an image holds it.
-pub fn dump_queue(signals: Vec<[u8; SIGINFO_SIZE]>) -> SignalQueueEntry {
+pub fn dump_queue<'a>(signals: impl IntoIterator<Item = &'a [u8; SIGINFO_SIZE]>) -> SignalQueueEntry {
     let signals = signals.into_iter().map(|info| SiginfoEntry { siginfo: info.to_vec() }).collect();
     SignalQueueEntry { signals }
 }
@@ -183,13 +227,4 @@ pub struct QueueIds {
     pub process: u32,
     /// The thread, which is the runner's own.
     pub thread: u32,
-}
-
-/// Copies the queue of a stopped thread, or with `shared` that of its process.
-///
-/// # Errors
-/// [`TaskError::Collect`].
-pub fn collect_queue(tid: HostPid, shared: bool) -> Result<Vec<[u8; SIGINFO_SIZE]>, TaskError> {
-    let what = if shared { "process's pending signals" } else { "pending signals" };
-    crate::sys::ptrace::pending_signals(tid, shared).map_err(|errno| TaskError::Collect { tid, what, errno })
 }

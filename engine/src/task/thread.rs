@@ -2,18 +2,18 @@
 
 use super::credentials;
 use super::identity::{self, ThreadSettings};
-use super::process::ProcessOutside;
+use super::process::Process;
 use super::processor::{self, Switches};
 use super::scheduling::{self, Scheduling};
 use super::seccomp::{self, Filter, FilterTable};
-use super::{Checks, TaskError, affinity, registers, rseq, signals};
+use super::signals::Pending;
+use super::{Checks, TaskError, affinity, interrupted, registers, rseq, signals};
 use crate::agent::inject::Context;
 use crate::agent::{Answers, Batch, Runner};
 use crate::images::core::{CoreEntry, March, RseqEntry, ThreadCoreEntry, ThreadSasEntry};
 use crate::images::creds::CredsEntry;
 use crate::images::extension::FerryThreadEntry;
 use crate::images::seccomp::SeccompMode;
-use crate::images::signal::SignalQueueEntry;
 use crate::sys::HostPid;
 use crate::sys::ptrace::{self, Stop};
 
@@ -21,7 +21,8 @@ use crate::sys::ptrace::{self, Stop};
 #[derive(Clone, Debug)]
 pub struct ThreadOutside {
     rseq: RseqEntry,
-    pending: SignalQueueEntry,
+    /// A signal that was about to be taken, and is in no queue any more.
+    taken: Option<[u8; 128]>,
     filters: Vec<Filter>,
     /// Components of the extended state that no image can hold, by name; any is a reason to refuse.
     pub unsupported_state: Vec<String>,
@@ -40,14 +41,16 @@ impl ThreadOutside {
     /// [`TaskError::Collect`].
     pub fn collect(tid: HostPid, stop: Stop, context: &mut Context) -> Result<Self, TaskError> {
         let unsupported = registers::unsupported_components(&context.xstate);
-        let mut pending = signals::collect_queue(tid, false)?;
-        if let Stop::Signal(_) = stop {
-            let failed = |errno| TaskError::Collect { tid, what: "signal about to be taken", errno };
-            pending.insert(0, ptrace::signal_info(tid).map_err(failed)?);
-        }
+        let taken = match stop {
+            Stop::Signal(_) => {
+                let failed = |errno| TaskError::Collect { tid, what: "signal about to be taken", errno };
+                Some(ptrace::signal_info(tid).map_err(failed)?)
+            }
+            _ => None,
+        };
         Ok(Self {
             rseq: rseq::collect_rseq(tid, context)?,
-            pending: signals::dump_queue(pending),
+            taken,
             filters: seccomp::collect_filters(tid)?,
             unsupported_state: unsupported.into_iter().map(registers::component_name).collect(),
             // The request is as old as Linux 6.4; the dispatch is older, but used by emulators only.
@@ -127,23 +130,33 @@ impl FirstAnswers {
     }
 }
 
+/// A thread that is to be dumped.
+#[derive(Clone, Copy)]
+pub struct Thread<'a> {
+    /// Its place among its process's threads; the leader's is 0.
+    pub place: usize,
+    /// What it was about to do, out of restartable sequences.
+    pub context: &'a Context,
+    /// What ptrace(2) told.
+    pub outside: &'a ThreadOutside,
+    /// What it told itself.
+    pub answers: &'a ThreadAnswers,
+}
+
 /// The `core` entry of a thread that is not its process's leader; [`super::process::dump_leader`] adds to it.
-pub fn dump_thread(
-    context: &Context,
-    outside: &ThreadOutside,
-    answers: &ThreadAnswers,
-    process: &ProcessOutside,
-    table: &mut FilterTable,
-) -> CoreEntry {
+pub fn dump_thread(thread: Thread<'_>, process: Process<'_>, table: &mut FilterTable) -> CoreEntry {
+    let Thread { context, outside, answers, .. } = thread;
     let settings = &answers.settings;
     let filter = table.add(&outside.filters);
-    let mut thread = ThreadCoreEntry {
+    let own = process.queues.private.get(thread.place).map_or(&[][..], |queue| queue);
+    let pending: Pending = outside.taken.iter().chain(own).copied().collect();
+    let mut entry = ThreadCoreEntry {
         futex_rla: settings.robust_list.0,
         futex_rla_len: settings.robust_list.1,
         blk_sigset: Some(context.mask),
         sas: Some(answers.stack.clone()),
         pdeath_sig: (settings.death_signal != 0).then_some(settings.death_signal),
-        signals_p: Some(outside.pending.clone()),
+        signals_p: Some(signals::dump_queue(&pending)),
         creds: Some(answers.credentials.clone()),
         seccomp_mode: (settings.seccomp_mode != SeccompMode::Disabled as u32).then_some(settings.seccomp_mode as i32),
         seccomp_filter: filter,
@@ -152,14 +165,22 @@ pub fn dump_thread(
         ..ThreadCoreEntry::default()
     };
     let mut more = FerryThreadEntry::default();
-    answers.scheduling.dump(&mut thread, &mut more);
-    affinity::dump_affinity(&answers.affinity, process.cpuset.as_deref(), &mut more);
+    answers.scheduling.dump(&mut entry, &mut more);
+    affinity::dump_affinity(&answers.affinity, process.outside.cpuset.as_deref(), &mut more);
     answers.switches.dump(&mut more);
-    thread.ferry = (more != FerryThreadEntry::default()).then_some(more);
+    entry.ferry = (more != FerryThreadEntry::default()).then_some(more);
+
+    let mut context = context.clone();
+    // A signal to the process goes to its leader if that does not block it.
+    let none = Pending::new();
+    let shared = if thread.place == 0 { &process.queues.shared } else { &none };
+    if let Some(action) = interrupted::next_handler(&[&pending, shared], context.mask, &process.answers.actions) {
+        interrupted::settle(&mut context.registers, action);
+    }
     CoreEntry {
         mtype: March::X86_64 as i32,
-        thread_info: Some(registers::dump_registers(context, settings.tid_address)),
-        thread_core: Some(thread),
+        thread_info: Some(registers::dump_registers(&context, settings.tid_address)),
+        thread_core: Some(entry),
         ..CoreEntry::default()
     }
 }

@@ -9,9 +9,11 @@
 
 use std::fs;
 use std::ops::Range;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::signals::{Queues, signal_of};
 use super::{Checks, TaskError};
 use crate::agent::{Answers, Batch, Call, Out, Runner};
 use crate::images::timer::{ItimerEntry, PosixTimerEntry, TaskTimersEntry};
@@ -19,6 +21,10 @@ use crate::sys::{HostPid, NsPid};
 
 const SPEC: usize = 32;
 const SIGEVENT: usize = 64;
+/// Where a `siginfo_t` names its POSIX timer.
+const TIMER_ID: usize = 16;
+/// The `si_code` of signals from the kernel itself.
+const SI_KERNEL: i32 = 0x80;
 const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
 /// The clock id of a timer made with `CLOCK_THREAD_CPUTIME_ID`: the calling thread's (include/linux/posix-timers.h).
 const OWN_THREAD_CLOCK: u32 = -2i32 as u32;
@@ -158,6 +164,34 @@ impl Questions {
     }
 }
 
+/// Timers that were read as running, but expired before the signals were: their signal is in a queue.
+///
+/// `since` is the time from before the timers were read until after the queues were. Without this, such a timer
+/// would be restored with its signal pending and running towards it a second time.
+pub fn settle(timers: &TaskTimersEntry, queues: &Queues, since: Duration) -> TaskTimersEntry {
+    let mut timers = timers.clone();
+    let pending = |wanted: &dyn Fn(&[u8; 128]) -> bool| queues.all().any(wanted);
+    let real = &mut timers.real;
+    let left = Duration::from_secs(real.vsec) + Duration::from_micros(real.vusec);
+    let is_alarm = |info: &[u8; 128]| signal_of(info) == libc::SIGALRM && code_of(info) == SI_KERNEL;
+    if (real.vsec, real.vusec) != (0, 0) && left <= since && pending(&is_alarm) {
+        (real.vsec, real.vusec) = (real.isec, real.iusec);
+    }
+    for timer in &mut timers.posix {
+        let left = Duration::from_secs(timer.vsec) + Duration::from_nanos(timer.vnsec);
+        let id = timer.it_id.to_ne_bytes();
+        let is_its = |info: &[u8; 128]| code_of(info) == libc::SI_TIMER && info[TIMER_ID..TIMER_ID + 4] == id;
+        if (timer.vsec, timer.vnsec) != (0, 0) && left <= since && pending(&is_its) {
+            (timer.vsec, timer.vnsec) = (timer.isec, timer.insec);
+        }
+    }
+    timers
+}
+
+fn code_of(info: &[u8; 128]) -> i32 {
+    i32::from_ne_bytes([info[8], info[9], info[10], info[11]])
+}
+
 /// Creates POSIX timers, not armed yet, in batches of its own.
 ///
 /// The leader's runner makes all but those on another thread's own clock; that thread's runner makes these, with
@@ -288,6 +322,23 @@ mod tests {
         assert_eq!((timers[1].notify, timers[1].thread, timers[1].clock), (4, Some(HostPid(12)), OWN_THREAD_CLOCK));
         assert_eq!((timers[2].notify, timers[2].value), (libc::SIGEV_NONE as u32, 0));
         assert!(parse("signal: 1/0\n").is_none(), "a setting without a timer");
+    }
+
+    #[test]
+    fn a_timer_that_expired_while_it_was_read_does_not_expire_again() {
+        let mut info = [0; 128];
+        info[..4].copy_from_slice(&40i32.to_ne_bytes());
+        info[8..12].copy_from_slice(&libc::SI_TIMER.to_ne_bytes());
+        info[TIMER_ID..TIMER_ID + 4].copy_from_slice(&7u32.to_ne_bytes());
+        let queues = Queues { shared: vec![info], private: vec![], read: std::time::Instant::now() };
+        let timer = |it_id, vnsec, insec| PosixTimerEntry { it_id, vnsec, insec, ..PosixTimerEntry::default() };
+        let posix = vec![timer(7, 900, 0), timer(7, 900, 5), timer(7, 1100, 0), timer(8, 900, 0)];
+        let real = ItimerEntry { vusec: 1, ..ItimerEntry::default() };
+        let timers = TaskTimersEntry { posix, real, ..TaskTimersEntry::default() };
+        let settled = settle(&timers, &queues, Duration::from_nanos(1000));
+        let left: Vec<_> = settled.posix.iter().map(|timer| timer.vnsec).collect();
+        assert_eq!(left, [0, 5, 1100, 900], "expired once; in its next period; later than that; another's signal");
+        assert_eq!(settled.real, timers.real, "no SIGALRM is pending");
     }
 
     #[test]
