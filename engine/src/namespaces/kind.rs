@@ -85,7 +85,7 @@ pub(super) fn inodes(pid: HostPid) -> io::Result<(Inodes, Vec<NamespaceKind>)> {
     )?;
     let inode = |name: &str| match statat(&folder, name, AtFlags::empty()) {
         Ok(stat) => Ok(stat.st_ino),
-        // A kind that this kernel lacks, or a namespace for children that has no init yet; a zombie has none at all.
+        // A kind that this kernel lacks, or a namespace for children that has no init yet, or what a zombie gave up.
         Err(rustix::io::Errno::NOENT) => Ok(0),
         Err(error) => Err(io::Error::from(error)),
     };
@@ -99,7 +99,8 @@ pub(super) fn inodes(pid: HostPid) -> io::Result<(Inodes, Vec<NamespaceKind>)> {
             others.push(*kind);
         }
     }
-    if all[NamespaceKind::Pid as usize] == 0 {
+    // A zombie has given up all but its pid and user namespaces (kernel/exit.c, exit_task_namespaces); only it has no mount namespace.
+    if all[NamespaceKind::Mnt as usize] == 0 {
         return Err(io::Error::from(io::ErrorKind::NotFound));
     }
     Ok((all, others))
@@ -190,5 +191,17 @@ mod tests {
         let (inodes, _) = inodes(HostPid(std::process::id() as i32)).expect("ns");
         let link = std::fs::read_link("/proc/self/ns/uts").expect("link");
         assert_eq!(link.to_string_lossy(), format!("uts:[{}]", inodes[NamespaceKind::Uts as usize]));
+    }
+    #[test]
+    fn a_zombie_is_in_none() {
+        let mut child = std::process::Command::new("true").spawn().expect("a child");
+        let pid = HostPid(child.id() as i32);
+        let stat = || std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
+        while !stat().contains(") Z ") {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let kind = inodes(pid).expect_err("a zombie").kind();
+        child.wait().expect("the child's end");
+        assert_eq!(kind, io::ErrorKind::NotFound);
     }
 }
