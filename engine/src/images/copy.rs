@@ -6,12 +6,16 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 
+use xxhash_rust::xxh3::Xxh3Default;
+
 use super::content::Content;
 use super::digest::{CHUNK, ChunkDigester, ChunkDigests, chunk_count, chunk_length};
 use super::sink::{SinkError, write_error};
 
 /// Content of less than this is not worth a thread.
 const SMALL: u64 = 8 * CHUNK;
+/// What is read and written at once: it stays in a core's own cache from one to the other.
+const PIECE: usize = 256 << 10;
 /// Chunks that are read ahead of a writer.
 const READ_AHEAD: usize = 3;
 /// Most threads that are of use; the kernel's copying into one file is the limit.
@@ -37,23 +41,29 @@ pub(super) fn copy_into_file(
     let next = AtomicU64::new(0);
     let failed = AtomicBool::new(false);
     let copy = || {
-        let mut buffer = vec![0; chunk_length(length, 0)];
+        let mut buffer = vec![0; PIECE.min(chunk_length(length, 0))];
         while !failed.load(Ordering::Relaxed) {
             let index = next.fetch_add(1, Ordering::Relaxed);
             if index >= chunk_count(length) {
                 break;
             }
-            let offset = index * CHUNK;
-            let chunk = &mut buffer[..chunk_length(length, index)];
-            let copied = content
-                .read_at(offset, chunk)
-                .map_err(|source| SinkError::Content { name: name.to_owned(), offset, source })
-                .and_then(|()| file.write_all_at(chunk, start + offset).map_err(|source| write_error(name, source)));
-            if copied.is_err() {
-                failed.store(true, Ordering::Relaxed);
-                return copied;
+            let mut pieces = Xxh3Default::new();
+            let end = index * CHUNK + chunk_length(length, index) as u64;
+            for offset in (index * CHUNK..end).step_by(PIECE) {
+                let piece = &mut buffer[..PIECE.min((end - offset) as usize)];
+                let copied = content
+                    .read_at(offset, piece)
+                    .map_err(|source| SinkError::Content { name: name.to_owned(), offset, source })
+                    .and_then(|()| {
+                        file.write_all_at(piece, start + offset).map_err(|source| write_error(name, source))
+                    });
+                if copied.is_err() {
+                    failed.store(true, Ordering::Relaxed);
+                    return copied;
+                }
+                pieces.update(piece);
             }
-            digester.record(index, chunk);
+            digester.record_pieces(index, &pieces);
         }
         Ok(())
     };

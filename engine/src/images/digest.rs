@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_128};
 
 /// Length of a digested chunk; the last one of an image may be shorter.
 pub const CHUNK: u64 = 1 << 20;
@@ -98,6 +98,14 @@ impl ChunkDigester {
     pub fn record(&self, index: u64, bytes: &[u8]) {
         let digest = xxh3_128(bytes);
         self.digests.lock().unwrap_or_else(PoisonError::into_inner)[index as usize] = digest;
+    }
+
+    /// Like [`Self::record`], for a chunk that was digested piece by piece.
+    ///
+    /// # Panics
+    /// If the content has no such chunk.
+    pub fn record_pieces(&self, index: u64, pieces: &Xxh3Default) {
+        self.digests.lock().unwrap_or_else(PoisonError::into_inner)[index as usize] = pieces.digest128();
     }
 
     /// The digests; call it when every chunk was recorded.
