@@ -4,12 +4,16 @@
 //! are all stopped makes no more children, so its list of children is final, but for orphans that it may still adopt
 //! from tasks that run; hence the walk is repeated until it finds nothing new.
 //!
+//! With a cgroup, that is frozen first, so that a tree that makes tasks faster than they can be stopped stands still: freeze,
+//! seize and interrupt every task, thaw, await the stops (see [`ferry_cgroup::freezer`] for why in this order).
+//!
 //! Whatever happens, the tasks run on: dropping the tree detaches from every thread, and the kernel does the same if
 //! ferry dies.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
+use ferry_cgroup::{Freezer, Frozen};
 use nix::errno::Errno;
 
 use crate::agent::AgentError;
@@ -65,6 +69,9 @@ pub enum FreezeError {
         /// How many processes were stopped.
         stopped: usize,
     },
+    /// The cgroup could not be frozen or given back.
+    #[error(transparent)]
+    Cgroup(#[from] ferry_cgroup::FreezeError),
     /// A stopped thread did not give its registers.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -103,15 +110,21 @@ impl StoppedProcess {
 pub struct StoppedTree {
     /// The processes, the root first.
     pub processes: Vec<StoppedProcess>,
+    /// The cgroup, if one was given; thawed while the tasks are in ptrace stops.
+    frozen: Option<Frozen>,
+    deadline: Duration,
 }
 
 impl StoppedTree {
-    /// Stops the tree below `root`.
+    /// Stops the tree below `root`, and `freezer`'s cgroup meanwhile if there is one.
     ///
-    /// On an error everything that was stopped runs on.
-    pub fn stop(root: HostPid, deadline: Duration) -> Result<Self, FreezeError> {
+    /// On an error everything that was stopped runs on, and the cgroup is as it was found.
+    pub fn stop(root: HostPid, freezer: Option<&Freezer>, deadline: Duration) -> Result<Self, FreezeError> {
         let start = Instant::now();
-        let mut walk = Walk { seized: Seized::default(), found: HashMap::new(), order: Vec::new() };
+        // Whatever else is in the cgroup is found out by the caller, who knows what to say of it.
+        let mut frozen = freezer.map(|freezer| freezer.freeze(|_| true, deadline)).transpose()?;
+        let mut walk =
+            Walk { seized: Seized::default(), found: HashMap::new(), order: Vec::new(), frozen: frozen.is_some() };
         let stat = Stat::read(root).map_err(|_| FreezeError::NoProcess { pid: root })?;
         if stat.state == 'Z' {
             return Err(FreezeError::RootIsZombie { pid: root, comm: stat.comm });
@@ -120,13 +133,20 @@ impl StoppedTree {
         if walk.order.is_empty() {
             return Err(FreezeError::NoProcess { pid: root });
         }
+        if let Some(frozen) = &mut frozen {
+            while walk.pass()? {}
+            frozen.thaw_for_ptrace()?;
+            walk.frozen = false;
+            walk.await_stops();
+        }
         while walk.pass()? {
             if start.elapsed() > deadline {
                 let stopped = walk.order.len();
                 return Err(FreezeError::Unstable { root, after: deadline, stopped });
             }
         }
-        walk.finish()
+        let processes = walk.finish()?;
+        Ok(Self { processes, frozen, deadline })
     }
 
     /// The root process.
@@ -142,6 +162,12 @@ impl StoppedTree {
 
 impl Drop for StoppedTree {
     fn drop(&mut self) {
+        // A tree that was found frozen must not run between the detach and the return of its cgroup's state.
+        if let Some(frozen) = self.frozen.as_mut().filter(|frozen| frozen.was_frozen())
+            && let Err(error) = frozen.refreeze(self.deadline)
+        {
+            tracing::warn!("the cgroup was found frozen, but runs for a moment: {error}");
+        }
         for thread in self.processes.iter().flat_map(|process| &process.threads) {
             // A thread that died meanwhile needs no detaching.
             let _ = ptrace::detach(thread.tid, 0);
@@ -173,6 +199,8 @@ struct Found {
 }
 
 struct Walk {
+    /// Whether the tasks are frozen, so that their stops must not be awaited yet.
+    frozen: bool,
     seized: Seized,
     found: HashMap<HostPid, Found>,
     order: Vec<HostPid>,
@@ -241,7 +269,7 @@ impl Walk {
 
     fn note_exit(&mut self, pid: HostPid) {
         let Some(found) = self.found.get_mut(&pid) else { return };
-        if found.threads.is_empty() {
+        if found.threads.is_empty() && found.zombie.is_none() {
             match Stat::read(pid) {
                 Ok(stat) if stat.state == 'Z' => found.zombie = Some(stat),
                 _ => {
@@ -270,6 +298,26 @@ impl Walk {
                 }
             }
         }
+        if self.frozen {
+            return Ok(seized);
+        }
+        Ok(self.await_each(seized))
+    }
+
+    /// Awaits the stops of all threads seized so far, and forgets those that died instead.
+    fn await_stops(&mut self) {
+        let pids = self.order.clone();
+        for pid in pids {
+            let threads = self.found.get_mut(&pid).map(|found| std::mem::take(&mut found.threads)).unwrap_or_default();
+            let stopped = self.await_each(threads);
+            if let Some(found) = self.found.get_mut(&pid) {
+                found.threads = stopped;
+            }
+            self.note_exit(pid);
+        }
+    }
+
+    fn await_each(&mut self, seized: Vec<HostPid>) -> Vec<HostPid> {
         let mut stopped = Vec::with_capacity(seized.len());
         for tid in seized {
             match ptrace::wait_interrupted(tid) {
@@ -280,10 +328,10 @@ impl Walk {
                 Err(_) => drop(self.seized.stops.remove(&tid)),
             }
         }
-        Ok(stopped)
+        stopped
     }
 
-    fn finish(mut self) -> Result<StoppedTree, FreezeError> {
+    fn finish(mut self) -> Result<Vec<StoppedProcess>, FreezeError> {
         let mut processes = Vec::with_capacity(self.order.len());
         for &pid in &self.order {
             let Some(found) = self.found.remove(&pid) else { continue };
@@ -297,7 +345,7 @@ impl Walk {
             processes.push(StoppedProcess { pid, parent: found.parent, stat, threads });
         }
         self.seized.owned = true;
-        Ok(StoppedTree { processes })
+        Ok(processes)
     }
 }
 
