@@ -70,8 +70,8 @@ fn files_pipes_and_events_come_back() {
     // One descriptor is to be closed by execve(2).
     let mut entries = dump.fdinfo[0].1.clone();
     entries.iter_mut().find(|entry| entry.fd == raw(&log) as u32).unwrap().flags = 1;
-    images.insert("fdinfo-1.img".into(), ferry_engine::images::encode(ferry_engine::images::Kind::Fdinfo, &entries));
-    let tasks = Tasks::restore(&mut plan(&images, &[(None, 1)], Inherited::new()).unwrap(), &[]).unwrap();
+    images.insert("fdinfo-2.img".into(), ferry_engine::images::encode(ferry_engine::images::Kind::Fdinfo, &entries));
+    let tasks = Tasks::restore(&mut plan(&images, &[(None, 2)], Inherited::new()).unwrap(), &[]).unwrap();
 
     let mut expected: Vec<i32> = all.iter().map(AsRawFd::as_raw_fd).chain([0, 1, 2]).collect();
     expected.sort_unstable();
@@ -145,7 +145,7 @@ fn deleted_files_and_fifos_come_back() {
     let (numbers, inode) = ([raw(&deleted), raw(&again), raw(&sparse)], rustix::fs::fstat(&deleted).unwrap().st_ino);
     drop((holder, deleted, again));
 
-    let mut plan = plan(&images(&dump), &[(None, 1)], Inherited::new()).unwrap();
+    let mut plan = plan(&images(&dump), &[(None, 2)], Inherited::new()).unwrap();
     let tasks = Tasks::restore(&mut plan, &[]).unwrap();
     let first = tasks.descriptor(0, numbers[0]);
     let mut content = String::new();
@@ -191,12 +191,12 @@ fn relatives_share_what_they_shared() {
     let mut collector =
         ferry_engine::files::FilesCollector::new(holders[0].pid(), FilesOptions::default()).expect("a collector");
     let tables: Vec<u32> = holders.iter().map(|holder| collector.add_task(&holder.task())).collect();
-    assert_eq!(tables, [1, 2, 3]);
+    assert_eq!(tables, [2, 3, 4]);
     assert_eq!(collector.refusals(), []);
     let dump = collector.finish();
     drop(holders);
 
-    let parents = [(None, 1), (Some(0), 2), (Some(0), 3)];
+    let parents = [(None, 2), (Some(0), 3), (Some(0), 4)];
     let mut plan = plan(&images(&dump), &parents, Inherited::new()).unwrap();
     let tasks = Tasks::restore(&mut plan, &[0, 0]).unwrap();
     for (task, own) in [vec![raw(&file)], vec![raw(&read_end)], vec![raw(&file), raw(&write_end)]].iter().enumerate() {
@@ -222,7 +222,7 @@ fn changed_and_missing_files_are_named() {
     let dump = holder.collect(FilesOptions::default()).finish();
     drop(holder);
     std::fs::write(scratch.path("grown"), b"12").unwrap();
-    let mut first = plan(&images(&dump), &[(None, 1)], Inherited::new()).unwrap();
+    let mut first = plan(&images(&dump), &[(None, 2)], Inherited::new()).unwrap();
     let error = Tasks::restore(&mut first, &[]).err().expect("an error");
     assert!(matches!(error, RestoreFilesError::Changed { .. }), "{error}");
     let text = error.to_string();
@@ -236,7 +236,7 @@ fn changed_and_missing_files_are_named() {
     assert!(texts.iter().any(|text| text.contains(&scratch.path("lost")) && text.contains("missing")), "{texts:?}");
 
     std::fs::write(scratch.path("grown"), b"1").unwrap();
-    let mut second = plan(&images(&dump), &[(None, 1)], Inherited::new()).unwrap();
+    let mut second = plan(&images(&dump), &[(None, 2)], Inherited::new()).unwrap();
     let error = Tasks::restore(&mut second, &[]).err().expect("an error").to_string();
     assert!(error.contains(&scratch.path("lost")) && error.contains("open it") && error.contains("ENOENT"), "{error}");
 }
@@ -298,7 +298,7 @@ fn an_inherited_pipe_takes_the_place_of_the_one_left_behind() {
 
     let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
     let inherited = Inherited::from([(format!("pipe:[{inode}]"), write_end)]);
-    let mut plan = plan(&images(&dump), &[(None, 1)], inherited).unwrap();
+    let mut plan = plan(&images(&dump), &[(None, 2)], inherited).unwrap();
     let tasks = Tasks::restore(&mut plan, &[]).unwrap();
     assert_eq!(tasks.numbers(0), [0, 1, 2, number]);
     assert_eq!(tasks.flags(0, number) & libc::O_NONBLOCK as u32, 0, "its flags are its own");
@@ -339,7 +339,7 @@ fn thousands_of_descriptors_take_little_time() {
     let numbers: Vec<i32> = descriptors.iter().map(raw).collect();
     drop(holder);
     drop(descriptors);
-    let mut plan = plan(&images(&dump), &[(None, 1)], Inherited::new()).unwrap();
+    let mut plan = plan(&images(&dump), &[(None, 2)], Inherited::new()).unwrap();
     let tasks = Tasks::restore(&mut plan, &[]).unwrap();
     let mut expected = [&[0, 1, 2], &numbers[..]].concat();
     expected.sort_unstable();

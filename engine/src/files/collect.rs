@@ -47,6 +47,9 @@ pub struct FilesDump {
     pub images: Vec<(String, Vec<u8>)>,
 }
 
+/// The first table's number; 1 is the dumper's own, in `root_ids` of the inventory.
+const FIRST_TABLE: u32 = 2;
+
 /// Who holds an object, for messages.
 #[derive(Clone, Debug)]
 struct Holder {
@@ -175,7 +178,7 @@ impl FilesCollector {
         match order {
             Ok(index) => self.tables[index].1,
             Err(index) => {
-                let number = self.tables.len() as u32 + 1;
+                let number = self.tables.len() as u32 + FIRST_TABLE;
                 self.tables.insert(index, (task.pid, number));
                 let entries = self.collect_table(task);
                 self.dump.fdinfo.push((number, entries));
