@@ -4,12 +4,14 @@
 //! the tree again. The crate reads no environment, prints nothing and keeps no mutable statics.
 
 pub mod agent;
+pub mod dump;
 pub mod error;
 pub mod files;
 pub mod freeze;
 pub mod images;
 pub mod memory;
 pub mod namespaces;
+pub mod preflight;
 pub mod procfs;
 pub mod sys;
 pub mod task;

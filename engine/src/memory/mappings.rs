@@ -6,8 +6,10 @@
 use std::io;
 use std::ops::Range;
 
+use crate::error::Refusal;
 use crate::images::mm::{VmaEntry, vma_status};
 use crate::sys::HostPid;
+use crate::tree::TaskRef;
 
 /// What a mapping is, as far as saving it goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +53,8 @@ pub struct Mapping {
     flags: u32,
     /// Bit N for `MADV_` number N.
     advice: u64,
+    /// Whether mprotect(2) may make it writable: for a shared view, whether its file was opened for writing.
+    may_write: bool,
     /// Whether guard regions were installed in it (`MADV_GUARD_INSTALL`, Linux 6.13).
     pub has_guards: bool,
 }
@@ -58,6 +62,11 @@ pub struct Mapping {
 const MAP_HUGE_SHIFT: u32 = 26;
 
 impl Mapping {
+    /// Whether it holds code.
+    pub fn is_executable(&self) -> bool {
+        self.protection & libc::PROT_EXEC as u32 != 0
+    }
+
     /// Whether `range` shows private pages, which `pagemap-PID.img` lists.
     pub fn has_private_pages(&self) -> bool {
         matches!(self.kind, Kind::AnonymousPrivate | Kind::FilePrivate)
@@ -91,7 +100,11 @@ impl Mapping {
             status,
             fd: -1,
             madv: (self.advice != 0).then_some(self.advice),
-            fdflags: None,
+            fdflags: match self.kind {
+                Kind::FileShared if self.may_write => Some(libc::O_RDWR as u32),
+                Kind::FileShared | Kind::FilePrivate => Some(libc::O_RDONLY as u32),
+                _ => None,
+            },
         }
     }
 
@@ -128,6 +141,7 @@ impl Mapping {
             kind,
             flags: 0,
             advice: 0,
+            may_write: false,
             has_guards: false,
         })
     }
@@ -152,6 +166,7 @@ impl Mapping {
                 "nh" => self.advice |= 1 << libc::MADV_NOHUGEPAGE,
                 "dd" => self.advice |= 1 << libc::MADV_DONTDUMP,
                 "wf" => self.advice |= 1 << libc::MADV_WIPEONFORK,
+                "mw" => self.may_write = true,
                 "gu" => self.has_guards = true,
                 "um" | "uw" | "ui" => refuse("it is watched by a userfaultfd, which cannot be saved"),
                 "ss" => refuse("it is a shadow stack, which cannot be saved yet"),
@@ -217,6 +232,29 @@ pub fn collect(pid: HostPid) -> io::Result<Vec<Mapping>> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/smaps is not as proc(5) says")))
 }
 
+/// Reads the mappings without advice and locks, from `/proc/PID/maps`: that walks no page tables, so that it costs a
+/// running process nothing.
+///
+/// # Errors
+/// As [`collect`].
+pub fn collect_names(pid: HostPid) -> io::Result<Vec<Mapping>> {
+    let text = std::fs::read(format!("/proc/{pid}/maps"))?;
+    parse(&String::from_utf8_lossy(&text))
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/maps is not as proc(5) says")))
+}
+
+/// Why `mapping` keeps its process from being saved, if it does.
+pub fn refusal(task: &TaskRef, mapping: &Mapping) -> Option<Refusal> {
+    let Kind::Unsupported(problem) = mapping.kind else { return None };
+    let Range { start, end } = mapping.range;
+    let name = if mapping.name.is_empty() { "nameless" } else { &mapping.name };
+    Some(task.refuse(
+        format!("mapping {start:x}-{end:x}, {name}"),
+        problem,
+        "end the process, or have it unmap this first",
+    ))
+}
+
 fn parse(text: &str) -> Option<Vec<Mapping>> {
     let mut mappings: Vec<Mapping> = Vec::new();
     let mut page_size_kib = 4;
@@ -260,6 +298,7 @@ VmFlags: ex
         let mappings = parse(SMAPS).expect("parses");
         assert_eq!(mappings.len(), 5);
         assert_eq!((mappings[0].kind.clone(), mappings[0].offset), (Kind::FilePrivate, 0x1000));
+        assert_eq!(mappings[0].dump(3).fdflags, Some(libc::O_RDONLY as u32));
         assert_eq!(mappings[0].name, "/usr/bin/a b (deleted)");
         let shared = mappings[1].dump(99);
         assert_eq!(shared.status, vma_status::REGULAR | vma_status::ANON_SHARED);

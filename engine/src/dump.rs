@@ -1,0 +1,262 @@
+//! Saving a process tree: the phases, in order.
+//!
+//! On success the tree is as [`After`] says. On any failure it runs on exactly as before: every phase before the last
+//! only looks, and dropping a phase's product lets the tree go. If ferry is killed, the kernel does the same
+//! ([`crate::agent`], [`crate::freeze`]).
+
+mod collect;
+mod records;
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+use tracing::{debug, info, info_span};
+
+use crate::agent::{AgentError, NODE};
+use crate::error::{Refusal, Refusals};
+use crate::files::FilesOptions;
+use crate::freeze::{FreezeError, StoppedTree};
+use crate::images::{Manifest, Sink, SinkError};
+use crate::memory::pages::ProcessPages;
+use crate::namespaces::{CollectNamespacesError, DumpNamespacesError, NamespaceOptions};
+use crate::preflight;
+use crate::sys::robust::RobustList;
+use crate::sys::{HostPid, ptrace};
+use crate::task::TaskError;
+
+pub use collect::{ProcessState, TreeState};
+
+/// What becomes of the tree after it has been saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum After {
+    /// It is ended, once the images are complete.
+    #[default]
+    Kill,
+    /// It runs on, as soon as its memory has been read.
+    Run,
+    /// Every process is left in a job-control stop (SIGSTOP).
+    Stop,
+}
+
+/// How to dump.
+#[derive(Clone, Debug)]
+pub struct DumpOptions {
+    /// What becomes of the tree.
+    pub after: After,
+    /// The root's session and group may be led from outside the tree.
+    pub shell_job: bool,
+    /// How long stopping the tree may take.
+    pub freeze_deadline: Duration,
+    /// The cgroup to freeze while the tree is stopped.
+    pub freezer: Option<ferry_cgroup::Freezer>,
+    /// Descriptors.
+    pub files: FilesOptions,
+    /// Namespaces.
+    pub namespaces: NamespaceOptions,
+}
+
+impl Default for DumpOptions {
+    fn default() -> Self {
+        Self {
+            after: After::Kill,
+            shell_job: false,
+            freeze_deadline: Duration::from_secs(10),
+            freezer: None,
+            files: FilesOptions::default(),
+            namespaces: NamespaceOptions::default(),
+        }
+    }
+}
+
+/// The phases of a dump, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum DumpPhase {
+    /// Everything that would make the dump fail, found while the tree runs.
+    Preflight,
+    /// Every task stopped.
+    Freeze,
+    /// The kernel asked, from outside and from inside.
+    Collect,
+    /// What preflight could not see; the last point to refuse.
+    Recheck,
+    /// Pages, and the content of file systems in memory, written to the sink.
+    Memory,
+    /// The tree let go, if it is to run on.
+    Release,
+    /// Records written to the sink, the manifest last.
+    Save,
+    /// The tree ended or stopped, if it is not to run on.
+    Finish,
+}
+
+/// What a dump did, for summaries and `stats-dump`. Sizes are in pages and bytes.
+#[derive(Clone, Debug, Default)]
+pub struct Dumped {
+    /// Processes saved, zombies included.
+    pub processes: usize,
+    /// Threads saved.
+    pub threads: usize,
+    /// Pages of memory written.
+    pub pages: u64,
+    /// Time from the first stop to the last.
+    pub freezing: Duration,
+    /// Time that the tree was stopped, as far as it ran on or was ended.
+    pub frozen: Duration,
+    /// Time that reading and writing its memory took.
+    pub memory: Duration,
+    /// The manifest, with the size and digest of every image.
+    pub manifest: Option<Manifest>,
+}
+
+/// Why a tree was not saved.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the fields are what the sentences name")]
+pub enum DumpError {
+    /// Some of its objects cannot be saved; all of them.
+    #[error("{refusals}")]
+    Refused { refusals: Refusals },
+    /// It could not be stopped.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// The agent failed.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// A task's state could not be read.
+    #[error(transparent)]
+    Task(#[from] TaskError),
+    /// Namespaces could not be read.
+    #[error(transparent)]
+    Namespaces(#[from] CollectNamespacesError),
+    /// The kernel did not tell something of a process.
+    #[error("process {pid}: cannot read its {what}: {source}")]
+    Read { pid: HostPid, what: &'static str, source: io::Error },
+    /// The content of namespaces could not be saved.
+    #[error(transparent)]
+    NamespaceContent(#[from] DumpNamespacesError),
+    /// The images could not be written.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    /// The tree was saved whole, but could not be ended.
+    #[error("the images are complete, but process {pid} could not be ended: {errno}")]
+    Kill { pid: HostPid, errno: nix::errno::Errno },
+}
+
+impl DumpError {
+    pub(crate) fn read(pid: HostPid, what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Read { pid, what, source }
+    }
+}
+
+/// Saves the tree below `root` into `sink`.
+///
+/// # Errors
+/// [`DumpError`]; the tree runs on as before then, except for [`DumpError::Kill`].
+pub fn dump(root: HostPid, sink: &mut dyn Sink, options: &DumpOptions) -> Result<Dumped, DumpError> {
+    let mut dumped = Dumped::default();
+    enter(DumpPhase::Preflight, || refuse(preflight::check(root, options)?))?;
+    let start = Instant::now();
+    let mut stopped =
+        enter(DumpPhase::Freeze, || Ok(StoppedTree::stop(root, options.freezer.as_ref(), options.freeze_deadline)?))?;
+    dumped.freezing = start.elapsed();
+    let mut state = enter(DumpPhase::Collect, || {
+        let mut list = RobustList::install(NODE).map_err(|errno| AgentError::Inject {
+            tid: root,
+            step: "have the kernel watch over the agents",
+            errno,
+        })?;
+        collect::collect_tree(&mut stopped, options, &mut list)
+    })?;
+    enter(DumpPhase::Recheck, || refuse(std::mem::take(&mut state.refusals)))?;
+    enter(DumpPhase::Memory, || save_memory(&state, sink, &mut dumped))?;
+    let mut stopped = Some(stopped);
+    enter(DumpPhase::Release, || {
+        if options.after == After::Run {
+            stopped.take();
+            dumped.frozen = start.elapsed();
+        }
+        Ok(())
+    })?;
+    enter(DumpPhase::Save, || {
+        if options.after != After::Run {
+            dumped.frozen = start.elapsed();
+        }
+        records::save(&state, sink, options, &mut dumped)
+    })?;
+    enter(DumpPhase::Finish, || match (stopped, options.after) {
+        (Some(tree), After::Kill) => end(&tree),
+        (Some(tree), After::Stop) => stop_for_good(tree),
+        _ => Ok(()),
+    })?;
+    info!(processes = dumped.processes, threads = dumped.threads, pages = dumped.pages, frozen = ?dumped.frozen, "dumped");
+    Ok(dumped)
+}
+
+fn enter<T>(phase: DumpPhase, run: impl FnOnce() -> Result<T, DumpError>) -> Result<T, DumpError> {
+    let span = info_span!("dump", ?phase);
+    let _entered = span.enter();
+    let start = Instant::now();
+    let result = run();
+    debug!(took = ?start.elapsed(), ok = result.is_ok(), "phase done");
+    result
+}
+
+fn refuse(refusals: Vec<Refusal>) -> Result<(), DumpError> {
+    if refusals.is_empty() { Ok(()) } else { Err(DumpError::Refused { refusals: Refusals(refusals) }) }
+}
+
+/// Writes the pages of every process and of every shared object, numbered in this order, from 1; and what tmpfs mounts hold.
+fn save_memory(state: &TreeState, sink: &mut dyn Sink, dumped: &mut Dumped) -> Result<(), DumpError> {
+    let start = Instant::now();
+    let mut number = 0u32;
+    for process in state.processes.iter().filter(|process| !process.is_zombie()) {
+        let pid = process.task.pid;
+        let pages = ProcessPages::open(pid, &process.pages).map_err(DumpError::read(pid, "memory"))?;
+        number += 1;
+        records::save_pages(sink, process.pagemap_image(), number, process.pages.dump(), &pages)?;
+        dumped.pages += process.pages.pages();
+    }
+    for (id, object) in state.shared.iter() {
+        number += 1;
+        records::save_pages(sink, records::shared_pagemap_image(id), number, object.dump(), object)?;
+        dumped.pages += object.pages();
+    }
+    state.namespaces.dump(sink)?;
+    dumped.memory = start.elapsed();
+    Ok(())
+}
+
+/// Kills every process of the stopped tree and waits until all are gone, zombies for their parents aside.
+fn end(tree: &StoppedTree) -> Result<(), DumpError> {
+    for process in tree.processes.iter().filter(|process| !process.is_zombie()) {
+        match kill(Pid::from_raw(process.pid.0), Signal::SIGKILL) {
+            Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+            Err(errno) => return Err(DumpError::Kill { pid: process.pid, errno }),
+        }
+    }
+    // Threads first: a leader can be waited for only when its other threads are gone.
+    for process in &tree.processes {
+        for thread in process.threads.iter().rev() {
+            while let Ok(status) = waitpid(Pid::from_raw(thread.tid.0), Some(WaitPidFlag::__WALL)) {
+                use nix::sys::wait::WaitStatus::{Exited, Signaled};
+                if matches!(status, Exited(..) | Signaled(..)) {
+                    break;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Leaves every process in a job-control stop.
+fn stop_for_good(tree: StoppedTree) -> Result<(), DumpError> {
+    for process in tree.processes.iter().filter(|process| !process.is_zombie()) {
+        for thread in &process.threads {
+            // A thread that died meanwhile needs no stopping.
+            let _ = ptrace::detach(thread.tid, if thread.tid == process.pid { libc::SIGSTOP } else { 0 });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,346 @@
+//! Reading everything the kernel knows of a stopped tree.
+//!
+//! Each process is looked at from outside first; then its agent goes in, every thread answers one batch of questions,
+//! and the agent goes out again.
+
+use std::io;
+
+use crate::agent::arch;
+use crate::agent::inject::{Context, Injected, find_syscall_instruction};
+use crate::agent::{Call, Pending};
+use crate::error::Refusal;
+use crate::files::{FilesCollector, FilesDump};
+use crate::freeze::{StoppedProcess, StoppedTree};
+use crate::images::core::CoreEntry;
+use crate::images::fs::FsEntry;
+use crate::images::ids::TaskKobjIdsEntry;
+use crate::images::kind::Kind as Image;
+use crate::images::mm::MmEntry;
+use crate::images::seccomp::SeccompEntry;
+use crate::memory::bounds;
+use crate::memory::mappings::{self, Kind, Mapping};
+use crate::memory::pages::PageRuns;
+use crate::memory::shmem::SharedObjects;
+use crate::namespaces;
+use crate::procfs::Ids;
+use crate::sys::robust::RobustList;
+use crate::sys::{HostPid, NsPid, kcmp};
+use crate::task::process::{Leader, dump_leader, dump_zombie};
+use crate::task::refuse;
+use crate::task::seccomp::FilterTable;
+use crate::task::thread::dump_thread;
+use crate::task::{ProcessAnswers, ProcessOutside, ProcessQuestions, ThreadAnswers, ThreadOutside, ThreadQuestions};
+use crate::tree::TaskRef;
+
+use super::{DumpError, DumpOptions};
+
+/// A process as it is to be saved.
+pub struct ProcessState {
+    /// Who it is.
+    pub task: TaskRef,
+    /// Its ids at every level.
+    pub ids: Ids,
+    /// The parent's id in the tree's namespace; 0 for the root.
+    pub parent: i32,
+    /// `core` entries by the thread's id in its namespace, the leader's first.
+    pub cores: Vec<(i32, CoreEntry)>,
+    /// The address space; none for a zombie.
+    pub mm: Option<MmEntry>,
+    /// Working directory, root and umask; none for a zombie.
+    pub fs: Option<FsEntry>,
+    /// The pages to save.
+    pub pages: PageRuns,
+}
+
+impl ProcessState {
+    /// Whether it has exited.
+    pub fn is_zombie(&self) -> bool {
+        self.mm.is_none()
+    }
+
+    /// The name of its pagemap image.
+    pub fn pagemap_image(&self) -> String {
+        Image::Pagemap.name_for(self.task.ns_pid.0 as u64)
+    }
+}
+
+/// A tree as it is to be saved.
+pub struct TreeState {
+    /// Parents before children.
+    pub processes: Vec<ProcessState>,
+    /// The level of the tree's pid namespace below ferry's.
+    pub level: usize,
+    /// Shared memory.
+    pub shared: SharedObjects,
+    /// Descriptors.
+    pub files: FilesDump,
+    /// Seccomp filters.
+    pub filters: SeccompEntry,
+    /// Namespaces.
+    pub namespaces: namespaces::Collected,
+    /// What only the stopped tree shows that it cannot be saved.
+    pub refusals: Vec<Refusal>,
+}
+
+/// Collects the whole tree. On return no agent is left in it, whatever the result.
+pub fn collect_tree(
+    tree: &mut StoppedTree,
+    options: &DumpOptions,
+    list: &mut RobustList,
+) -> Result<TreeState, DumpError> {
+    let root = tree.root().pid;
+    let mut tasks = Vec::with_capacity(tree.processes.len());
+    let mut all_ids = Vec::with_capacity(tree.processes.len());
+    for process in &tree.processes {
+        let ids = Ids::read(process.pid).map_err(DumpError::read(process.pid, "ids"))?;
+        let task = TaskRef::open(process.pid, ids.innermost(), process.stat.comm.clone())
+            .map_err(|errno| DumpError::Read { pid: process.pid, what: "pid", source: errno.into() })?;
+        tasks.push(task);
+        all_ids.push(ids);
+    }
+    let level = all_ids[0].pid.len() - 1;
+    let namespaces = namespaces::Collected::collect(&tasks[0], &tasks, &options.namespaces)?;
+    let mut refusals = namespaces.refusals().to_vec();
+    refusals.extend(outside_job(&tasks[0], &all_ids[0], level, options));
+    let files = FilesCollector::new(root, options.files.clone()).map_err(DumpError::read(root, "mounts"))?;
+    let mut collector =
+        Collector { files, shared: SharedObjects::default(), filters: FilterTable::default(), refusals, list };
+    let mut processes: Vec<ProcessState> = Vec::with_capacity(tasks.len());
+    for (index, ((task, ids), process)) in tasks.into_iter().zip(all_ids).zip(&mut tree.processes).enumerate() {
+        let parent = processes.iter().find(|parent| parent.task.pid == process.parent);
+        if let Some(parent) = parent.filter(|parent| !parent.is_zombie() && !process.is_zombie()) {
+            collector.refusals.extend(shared_with_parent(&task, &parent.task));
+        }
+        let parent = parent.map_or(0, |parent| parent.task.ns_pid.0);
+        let mut state = if process.is_zombie() {
+            let cores = vec![(task.ns_pid.0, dump_zombie(&process.stat))];
+            ProcessState { task, ids, parent, cores, mm: None, fs: None, pages: PageRuns::default() }
+        } else {
+            collector.process(task, ids, parent, process)?
+        };
+        let number = index as u32 + FIRST_OBJECT;
+        name_objects(&mut state, number, &namespaces, &mut collector.files);
+        processes.push(state);
+    }
+    let Collector { mut files, mut shared, filters, mut refusals, .. } = collector;
+    shared.collect_pages().map_err(DumpError::read(root, "shared memory"))?;
+    refusals.extend(files.refusals());
+    Ok(TreeState { processes, level, shared, files: files.finish(), filters: filters.finish(), namespaces, refusals })
+}
+
+/// Numbers of kernel objects in `ids` images; 1 is the dumper's own.
+const FIRST_OBJECT: u32 = 2;
+
+/// Fills in which objects the process uses. Objects shared between processes are refused before, but for descriptor tables.
+fn name_objects(state: &mut ProcessState, number: u32, namespaces: &namespaces::Collected, files: &mut FilesCollector) {
+    if state.is_zombie() {
+        return;
+    }
+    let mut ids = TaskKobjIdsEntry { vm_id: number, fs_id: number, sighand_id: number, ..TaskKobjIdsEntry::default() };
+    ids.files_id = files.add_task(&state.task.as_holder());
+    namespaces.fill(state.task.pid, &mut ids);
+    if let Some((_, leader)) = state.cores.first_mut() {
+        leader.ids = Some(ids);
+    }
+}
+
+/// A tree whose session or group is led from outside can only be restored into another job of a shell.
+fn outside_job(task: &TaskRef, ids: &Ids, level: usize, options: &DumpOptions) -> Option<Refusal> {
+    let at = |ids: &[i32]| ids.get(level).copied().unwrap_or(0);
+    let (session, group) = (at(&ids.session), at(&ids.group));
+    if options.shell_job || (session == task.ns_pid.0 && (group == task.ns_pid.0)) {
+        return None;
+    }
+    Some(task.refuse(
+        "session",
+        format!("the root of the tree does not lead its session {session} and process group {group}"),
+        "start it with setsid, or give --shell-job to have it restored into the session of whoever restores it",
+    ))
+}
+
+/// Objects that processes share when they were cloned so, and that cannot be saved as shared yet.
+fn shared_with_parent(task: &TaskRef, parent: &TaskRef) -> Vec<Refusal> {
+    let kinds = [
+        (kcmp::Kind::Vm, "memory", "CLONE_VM"),
+        (kcmp::Kind::Fs, "working directory and root", "CLONE_FS"),
+        (kcmp::Kind::Sighand, "signal handlers", "CLONE_SIGHAND"),
+    ];
+    kinds
+        .into_iter()
+        .filter(|(kind, ..)| kcmp::compare(*kind, (task.pid, 0), (parent.pid, 0)).is_ok_and(|order| order.is_eq()))
+        .map(|(_, what, flag)| {
+            task.refuse(
+                what,
+                format!("it is shared with pid {} ({}) by clone(2), {flag}", parent.ns_pid, parent.comm),
+                "processes that share it cannot be saved yet",
+            )
+        })
+        .collect()
+}
+
+struct Collector<'a> {
+    files: FilesCollector,
+    shared: SharedObjects,
+    filters: FilterTable,
+    refusals: Vec<Refusal>,
+    list: &'a mut RobustList,
+}
+
+/// What a thread has said.
+struct ThreadFacts {
+    outside: ThreadOutside,
+    answers: ThreadAnswers,
+    ns_tid: i32,
+}
+
+/// What a process has said.
+struct ProcessFacts {
+    outside: ProcessOutside,
+    answers: ProcessAnswers,
+    brk: u64,
+    /// In the order of the stopped threads, the leader's first.
+    threads: Vec<ThreadFacts>,
+}
+
+impl Collector<'_> {
+    fn process(
+        &mut self,
+        task: TaskRef,
+        ids: Ids,
+        parent: i32,
+        process: &mut StoppedProcess,
+    ) -> Result<ProcessState, DumpError> {
+        let pid = task.pid;
+        let read = |what| DumpError::read(pid, what);
+        let mapped = mappings::collect(pid).map_err(read("mappings"))?;
+        self.refusals.extend(mapped.iter().filter_map(|mapping| mappings::refusal(&task, mapping)));
+        let facts = self.ask(&task, process, &mapped)?;
+        let mut mm = bounds::dump(
+            &process.stat.bounds,
+            facts.brk,
+            bounds::collect_auxv(pid).map_err(read("auxiliary vector"))?,
+            &facts.answers.settings,
+        );
+        let holder = task.as_holder();
+        mm.exe_file_id = self.files.add_exe(&holder).unwrap_or(0);
+        mm.vmas.reserve(mapped.len());
+        for mapping in &mapped {
+            let shmid = match mapping.kind {
+                Kind::FilePrivate | Kind::FileShared => {
+                    self.files.add_mapping(&holder, mapping.range.clone()).unwrap_or(0).into()
+                }
+                _ => self.shared.add(pid, mapping).map_err(read("shared memory"))?,
+            };
+            mm.vmas.push(mapping.dump(shmid));
+        }
+        let fs = FsEntry {
+            cwd_id: self.files.add_cwd(&holder).unwrap_or(0),
+            root_id: self.files.add_root(&holder).unwrap_or(0),
+            umask: Some(ids.umask),
+        };
+        let pages = PageRuns::collect(pid, &mapped).map_err(read("page map"))?;
+        let cores = self.cores(process, &facts);
+        Ok(ProcessState { task, ids, parent, cores, mm: Some(mm), fs: Some(fs), pages })
+    }
+
+    /// Has the threads of a process answer their questions, all at the same time.
+    fn ask(
+        &mut self,
+        task: &TaskRef,
+        process: &mut StoppedProcess,
+        mapped: &[Mapping],
+    ) -> Result<ProcessFacts, DumpError> {
+        let mut outsides = Vec::with_capacity(process.threads.len());
+        for thread in &mut process.threads {
+            let outside = ThreadOutside::collect(thread.tid, thread.stop, &mut thread.context)?;
+            outsides.push(outside);
+        }
+        let outside = ProcessOutside::collect(task.pid)?;
+        let vdso_first = |kind: &Kind| *kind != Kind::Vdso;
+        let mut code: Vec<&Mapping> =
+            mapped.iter().filter(|mapping| mapping.is_executable() && mapping.kind != Kind::Vsyscall).collect();
+        code.sort_by_key(|mapping| vdso_first(&mapping.kind));
+        let at = find_syscall_instruction(task.pid, code.into_iter().map(|mapping| mapping.range.clone()))?;
+        let contexts: Vec<(HostPid, &Context)> =
+            process.threads.iter().map(|thread| (thread.tid, &thread.context)).collect();
+        let mut agents = Injected::new(task.pid, contexts[0].1, at, contexts.len() - 1, self.list)?;
+        let result = ask_all(&mut agents, &contexts, outside, outsides, self.list);
+        let left = agents.leave();
+        self.list.clear();
+        let facts = result?;
+        left?;
+        self.refusals.extend(refuse::check_process(task, &facts.outside, facts.threads.len()));
+        for thread in &facts.threads {
+            let tid = NsPid(thread.ns_tid);
+            self.refusals.extend(refuse::check_thread(task, tid, &thread.outside, &thread.answers));
+        }
+        Ok(facts)
+    }
+
+    fn cores(&mut self, process: &StoppedProcess, facts: &ProcessFacts) -> Vec<(i32, CoreEntry)> {
+        let mut cores = Vec::with_capacity(facts.threads.len());
+        for (thread, said) in process.threads.iter().zip(&facts.threads) {
+            // A restored thread starts from its registers alone, so an interrupted call must start again from them.
+            let mut context = thread.context.clone();
+            arch::restart_interrupted_call(&mut context.registers);
+            let core = if cores.is_empty() {
+                let leader = Leader {
+                    context: &context,
+                    stop: thread.stop,
+                    stat: &process.stat,
+                    thread: (&said.outside, &said.answers),
+                    process: (&facts.outside, &facts.answers),
+                };
+                dump_leader(&leader, &mut self.filters)
+            } else {
+                dump_thread(&context, &said.outside, &said.answers, &facts.outside, &mut self.filters)
+            };
+            cores.push((said.ns_tid, core));
+        }
+        cores
+    }
+}
+
+/// One batch for each thread; the leader's also asks for what the process shares.
+fn ask_all(
+    agents: &mut Injected,
+    contexts: &[(HostPid, &Context)],
+    outside: ProcessOutside,
+    outsides: Vec<ThreadOutside>,
+    list: &mut RobustList,
+) -> Result<ProcessFacts, DumpError> {
+    for (tid, context) in &contexts[1..] {
+        agents.enter(*tid, context, list)?;
+    }
+    let mut pending: Vec<(Pending<'_>, ThreadQuestions, Call)> = Vec::with_capacity(contexts.len());
+    let mut of_process = None;
+    for runner in agents.runners() {
+        let mut batch = runner.batch();
+        let questions = ThreadQuestions::ask(&mut batch);
+        let gettid = batch.call(libc::SYS_gettid, &[]);
+        if of_process.is_none() {
+            of_process = Some((ProcessQuestions::ask(&mut batch, &outside), batch.call(libc::SYS_brk, &[0])));
+        }
+        pending.push((batch.submit()?, questions, gettid));
+    }
+    let mut firsts = Vec::with_capacity(contexts.len());
+    let mut leader = None;
+    for (pending, questions, gettid) in pending {
+        let answers = pending.wait()?;
+        firsts.push((questions.answers(&answers)?, answers.value(gettid)? as i32));
+        leader.get_or_insert(answers);
+    }
+    let none = || DumpError::Read { pid: contexts[0].0, what: "threads", source: io::ErrorKind::NotFound.into() };
+    let ((questions, brk), leader) = of_process.zip(leader).ok_or_else(none)?;
+    let ns_tid = |tid: HostPid| {
+        let index = contexts.iter().position(|(other, _)| *other == tid);
+        NsPid(index.map_or(0, |index| firsts[index].1))
+    };
+    let answers = questions.answers(&leader, ns_tid)?;
+    let brk = leader.value(brk)?;
+    let mut threads = Vec::with_capacity(contexts.len());
+    for (((first, ns_tid), outside), runner) in firsts.into_iter().zip(outsides).zip(agents.runners()) {
+        threads.push(ThreadFacts { outside, answers: first.complete(runner)?, ns_tid });
+    }
+    Ok(ProcessFacts { outside, answers, brk, threads })
+}

@@ -1,0 +1,87 @@
+//! Every reason a dump would fail that can be seen while the tree runs, all at once.
+//!
+//! Nothing is stopped or changed. Tasks and descriptors that vanish meanwhile are passed over; what appears meanwhile, and
+//! what only a stopped task shows, is found by the recheck of the dump itself.
+
+use crate::dump::{DumpError, DumpOptions};
+use crate::error::Refusal;
+use crate::files::{FilesCollector, FilesOptions};
+use crate::freeze::FreezeError;
+use crate::memory::mappings;
+use crate::namespaces;
+use crate::procfs::{self, Ids, Stat};
+use crate::sys::pagemap::{PRESENT, Pagemap, Wanted};
+use crate::sys::{HostPid, PAGE_SIZE};
+use crate::task::refuse;
+use crate::tree::TaskRef;
+
+/// Looks at the running tree below `root`.
+///
+/// # Errors
+/// When the root itself cannot be looked at.
+pub fn check(root: HostPid, options: &DumpOptions) -> Result<Vec<Refusal>, DumpError> {
+    let tasks = list(root)?;
+    let mut refusals = Vec::new();
+    for task in &tasks {
+        for mapping in mappings::collect_names(task.pid).unwrap_or_default() {
+            refusals.extend(mappings::refusal(task, &mapping));
+        }
+        refusals.extend(refuse::check_running(task));
+    }
+    let namespaces = namespaces::Collected::collect(&tasks[0], &tasks, &options.namespaces)?;
+    refusals.extend_from_slice(namespaces.refusals());
+    let files = FilesOptions { stopped: false, ..options.files.clone() };
+    let mut collector = FilesCollector::new(root, files).map_err(DumpError::read(root, "mounts"))?;
+    for task in &tasks {
+        collector.add_task(&task.as_holder());
+    }
+    refusals.extend(collector.refusals());
+    Ok(refusals)
+}
+
+/// The processes of a running tree that are alive, parents first.
+fn list(root: HostPid) -> Result<Vec<TaskRef>, DumpError> {
+    let mut tasks = vec![open(root).ok_or(FreezeError::NoProcess { pid: root })?];
+    let mut next = 0;
+    while let Some(pid) = tasks.get(next).map(|task| task.pid) {
+        next += 1;
+        for tid in procfs::threads(pid).unwrap_or_default() {
+            tasks.extend(procfs::children(pid, tid).unwrap_or_default().into_iter().filter_map(open));
+        }
+    }
+    Ok(tasks)
+}
+
+fn open(pid: HostPid) -> Option<TaskRef> {
+    let stat = Stat::read(pid).ok().filter(|stat| stat.state != 'Z')?;
+    TaskRef::open(pid, Ids::read(pid).ok()?.innermost(), stat.comm).ok()
+}
+
+/// Whether this host lets ferry do what every dump needs.
+///
+/// # Errors
+/// A sentence that says what is missing.
+pub fn check_host() -> Result<(), HostError> {
+    let me = HostPid(std::process::id() as i32);
+    std::fs::read_dir(format!("/proc/{me}/map_files")).map_err(HostError::MapFiles)?;
+    Pagemap::open(me)
+        .map_err(HostError::Pagemap)?
+        .scan(0..PAGE_SIZE, Wanted { any_of: PRESENT, report: PRESENT, ..Wanted::default() }, &mut Vec::new())
+        .map_err(|errno| HostError::PagemapScan(errno.into()))
+}
+
+/// What a host lacks.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the sentences say it")]
+pub enum HostError {
+    #[error(
+        "/proc/PID/map_files cannot be read: {0}: run ferry as root, or with CAP_CHECKPOINT_RESTORE and CAP_SYS_PTRACE"
+    )]
+    MapFiles(#[source] std::io::Error),
+    #[error(
+        "/proc/PID/pagemap cannot be read: {0}: run ferry as root, or with CAP_CHECKPOINT_RESTORE and CAP_SYS_PTRACE"
+    )]
+    Pagemap(#[source] std::io::Error),
+    #[error("the kernel has no PAGEMAP_SCAN: {0}: ferry needs Linux 6.7 or newer")]
+    PagemapScan(#[source] std::io::Error),
+}
