@@ -1,31 +1,164 @@
 //! CRIU's command line over ferry's engine.
+//!
+//! What callers rely on: `criu --version` prints `Version: X`; `check` prints `Looks good.`; a command that failed exits
+//! with 1 and its log's last line with level `Error` says why.
+
+mod dump;
+mod log;
+mod options;
+mod restore;
 
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+use options::Options;
 
 /// The CRIU release whose command line, protocol and image format this face follows.
 const CRIU_VERSION: &str = "4.2";
 
+/// A failed command: the sentence to print.
+pub(crate) struct Failure(String);
+
+impl Failure {
+    fn new(sentence: impl Into<String>) -> Self {
+        Self(sentence.into())
+    }
+}
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(error: E) -> Self {
+        let mut sentence = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            let text = cause.to_string();
+            if !sentence.contains(&text) {
+                sentence = format!("{sentence}: {text}");
+            }
+            source = cause.source();
+        }
+        Self(sentence)
+    }
+}
+
 /// Runs one `criu` command; `args[0]` is the program's name.
-#[allow(clippy::print_stdout, reason = "the answer to a command belongs on standard output")]
 pub fn main(args: Vec<OsString>) -> ExitCode {
-    let command = clap::Command::new("criu").disable_version_flag(true).arg(
-        clap::Arg::new("version").long("version").short('V').action(clap::ArgAction::SetTrue).help("print the version"),
-    );
-    match command.try_get_matches_from(args) {
-        Ok(matches) if matches.get_flag("version") => {
-            println!("Version: {CRIU_VERSION}");
-            println!("Ferry {}", env!("CARGO_PKG_VERSION"));
-            ExitCode::SUCCESS
-        }
-        Ok(_) => {
-            crate::logs::say("no criu command given; see `criu --help`");
-            ExitCode::FAILURE
-        }
+    let options = match Options::parse_args(args) {
+        Ok(options) => options,
         Err(error) => {
             let asked = !error.use_stderr();
             let _ = error.print();
-            if asked { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            return if asked { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        }
+    };
+    match run(&options) {
+        Ok(code) => code,
+        Err(Failure(sentence)) => {
+            for line in sentence.lines() {
+                tracing::error!("{line}");
+            }
+            // With a log file the terminal would stay silent otherwise.
+            if options.log_file.is_some() {
+                for line in sentence.lines() {
+                    crate::logs::say(&format!("Error: {line}"));
+                }
+            }
+            ExitCode::FAILURE
         }
     }
+}
+
+#[allow(clippy::print_stdout, reason = "the answer to a command belongs on standard output")]
+fn run(options: &Options) -> Result<ExitCode, Failure> {
+    if options.version {
+        println!("Version: {CRIU_VERSION}");
+        println!("Ferry {}", env!("CARGO_PKG_VERSION"));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(command) = options.command.as_deref() else {
+        return Err(Failure::new("no command given: use dump, restore or check; see criu --help"));
+    };
+    match command {
+        "dump" | "restore" => {
+            install_log(options)?;
+            let unsupported = options.unsupported();
+            if !unsupported.is_empty() {
+                return Err(Failure::new(format!("ferry does not support {} yet", unsupported.join(", "))));
+            }
+            if command == "dump" { dump::run(options) } else { restore::run(options) }
+        }
+        "check" => check(options),
+        "pre-dump" | "page-server" | "lazy-pages" | "exec" | "service" | "swrk" | "dedup" | "cpuinfo" => {
+            Err(Failure::new(format!("ferry does not support the command {command} yet")))
+        }
+        other => Err(Failure::new(format!("unknown command {other}: use dump, restore or check; see criu --help"))),
+    }
+}
+
+/// Sends the log where `-o` says: into the work folder, which is the image folder unless given.
+fn install_log(options: &Options) -> Result<(), Failure> {
+    let file = options.log_file.as_ref().map(|file| {
+        let mut file = file.clone();
+        if options.log_pid {
+            file.as_mut_os_string().push(format!(".{}", std::process::id()));
+        }
+        work_dir(options).join(file)
+    });
+    log::install(file.as_deref(), options.log_level()).map_err(|error| {
+        let path = file.unwrap_or_default();
+        Failure::new(format!("cannot create the log file {}: {error}", path.display()))
+    })
+}
+
+/// Where logs and statistics go.
+fn work_dir(options: &Options) -> PathBuf {
+    options.work_dir.clone().unwrap_or_else(|| images_dir(options).to_owned())
+}
+
+/// Where images are.
+fn images_dir(options: &Options) -> &Path {
+    options.images_dir.as_deref().unwrap_or(Path::new("."))
+}
+
+/// Features that `criu check --feature` is asked for, and whether this engine and kernel have them.
+///
+/// `check` alone tells whether what every dump needs is there: ptrace on others' tasks and `/proc/PID/map_files`.
+#[allow(clippy::print_stdout, reason = "the answer to a command belongs on standard output")]
+fn check(options: &Options) -> Result<ExitCode, Failure> {
+    if let Some(feature) = &options.feature {
+        let present = match feature.as_str() {
+            "mnt_id"
+            | "aio_remap"
+            | "fdinfo_lock"
+            | "seccomp_filters"
+            | "seccomp_suspend"
+            | "loginuid"
+            | "cgroupns"
+            | "sk_unix_file"
+            | "rseq"
+            | "get_rseq_conf"
+            | "clone3_set_tid"
+            | "pagemap_scan"
+            | "move_mount_set_group" => true,
+            "timens" => Path::new("/proc/self/ns/time").exists(),
+            _ => false,
+        };
+        return if present { Ok(ExitCode::SUCCESS) } else { Ok(ExitCode::FAILURE) };
+    }
+    ferry_engine::preflight::check_host()?;
+    println!("Looks good.");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Parses a size with CRIU's suffixes K, M and G.
+fn parse_size(text: &str) -> Result<u64, Failure> {
+    let bad = || Failure::new(format!("{text} is no size: give bytes, or a number with K, M or G"));
+    let (digits, shift) = match text.chars().last() {
+        Some('K' | 'k') => (&text[..text.len() - 1], 10),
+        Some('M' | 'm') => (&text[..text.len() - 1], 20),
+        Some('G' | 'g') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| bad())?;
+    number.checked_mul(1 << shift).ok_or_else(bad)
 }

@@ -1,0 +1,45 @@
+//! `criu dump`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use ferry_engine::dump::{After, DumpOptions, dump};
+use ferry_engine::images::{FolderOptions, FolderSink};
+use ferry_engine::sys::HostPid;
+
+use super::options::Options;
+use super::{Failure, images_dir, parse_size, work_dir};
+
+pub fn run(options: &Options) -> Result<ExitCode, Failure> {
+    let pid = options.tree.ok_or_else(|| Failure::new("dump needs --tree PID, the root of the process tree"))?;
+    let dump_options = dump_options(options)?;
+    let mut sink = FolderSink::open(images_dir(options), FolderOptions::default())?;
+    let dumped = dump(HostPid(pid), &mut sink, &dump_options)?;
+    std::fs::write(work_dir(options).join("stats-dump"), dumped.stats_image())
+        .map_err(|error| Failure::new(format!("the dump is complete, but stats-dump cannot be written: {error}")))?;
+    tracing::info!("Dumping finished successfully");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
+    let mut dump = DumpOptions {
+        after: match (options.leave_running, options.leave_stopped) {
+            (true, true) => return Err(Failure::new("--leave-running and --leave-stopped exclude each other")),
+            (true, false) => After::Run,
+            (false, true) => After::Stop,
+            (false, false) => After::Kill,
+        },
+        shell_job: options.shell_job,
+        ..DumpOptions::default()
+    };
+    if let Some(seconds) = options.timeout {
+        dump.freeze_deadline = Duration::from_secs(seconds);
+    }
+    if let Some(limit) = &options.ghost_limit {
+        dump.files.ghost_limit = parse_size(limit)?;
+    }
+    dump.files.file_locks = options.file_locks;
+    dump.files.outside_stdio = options.shell_job;
+    dump.files.external = options.external.iter().cloned().collect();
+    Ok(dump)
+}
