@@ -25,10 +25,11 @@ use crate::namespaces;
 use crate::procfs::Ids;
 use crate::sys::robust::RobustList;
 use crate::sys::{HostPid, NsPid, kcmp};
-use crate::task::process::{Leader, dump_leader, dump_zombie};
+use crate::task::process::{Process, dump_leader, dump_zombie};
 use crate::task::refuse;
 use crate::task::seccomp::FilterTable;
-use crate::task::thread::dump_thread;
+use crate::task::signals::Queues;
+use crate::task::thread::{Thread, dump_thread};
 use crate::task::{ProcessAnswers, ProcessOutside, ProcessQuestions, ThreadAnswers, ThreadOutside, ThreadQuestions};
 use crate::tree::TaskRef;
 
@@ -197,6 +198,8 @@ struct ThreadFacts {
 struct ProcessFacts {
     outside: ProcessOutside,
     answers: ProcessAnswers,
+    /// Read when the agents were out again.
+    queues: Queues,
     brk: u64,
     /// In the order of the stopped threads, the leader's first.
     threads: Vec<ThreadFacts>,
@@ -267,8 +270,10 @@ impl Collector<'_> {
         let result = ask_all(&mut agents, &contexts, outside, outsides, self.list);
         let left = agents.leave();
         self.list.clear();
-        let facts = result?;
+        let (outside, answers, brk, threads) = result?;
         left?;
+        let queues = Queues::collect(process.threads.iter().map(|thread| thread.tid))?;
+        let facts = ProcessFacts { outside, answers, queues, brk, threads };
         self.refusals.extend(refuse::check_process(task, &facts.outside, facts.threads.len()));
         for thread in &facts.threads {
             let tid = NsPid(thread.ns_tid);
@@ -278,22 +283,17 @@ impl Collector<'_> {
     }
 
     fn cores(&mut self, process: &StoppedProcess, facts: &ProcessFacts) -> Vec<(i32, CoreEntry)> {
+        let whole = Process { outside: &facts.outside, answers: &facts.answers, queues: &facts.queues };
         let mut cores = Vec::with_capacity(facts.threads.len());
-        for (thread, said) in process.threads.iter().zip(&facts.threads) {
+        for (place, (stopped, said)) in process.threads.iter().zip(&facts.threads).enumerate() {
             // A restored thread starts from its registers alone, so an interrupted call must start again from them.
-            let mut context = thread.context.clone();
+            let mut context = stopped.context.clone();
             arch::restart_interrupted_call(&mut context.registers);
-            let core = if cores.is_empty() {
-                let leader = Leader {
-                    context: &context,
-                    stop: thread.stop,
-                    stat: &process.stat,
-                    thread: (&said.outside, &said.answers),
-                    process: (&facts.outside, &facts.answers),
-                };
-                dump_leader(&leader, &mut self.filters)
+            let thread = Thread { place, context: &context, outside: &said.outside, answers: &said.answers };
+            let core = if place == 0 {
+                dump_leader(thread, whole, stopped.stop, &process.stat, &mut self.filters)
             } else {
-                dump_thread(&context, &said.outside, &said.answers, &facts.outside, &mut self.filters)
+                dump_thread(thread, whole, &mut self.filters)
             };
             cores.push((said.ns_tid, core));
         }
@@ -308,7 +308,7 @@ fn ask_all(
     outside: ProcessOutside,
     outsides: Vec<ThreadOutside>,
     list: &mut RobustList,
-) -> Result<ProcessFacts, DumpError> {
+) -> Result<(ProcessOutside, ProcessAnswers, u64, Vec<ThreadFacts>), DumpError> {
     for (tid, context) in &contexts[1..] {
         agents.enter(*tid, context, list)?;
     }
@@ -342,5 +342,5 @@ fn ask_all(
     for (((first, ns_tid), outside), runner) in firsts.into_iter().zip(outsides).zip(agents.runners()) {
         threads.push(ThreadFacts { outside, answers: first.complete(runner)?, ns_tid });
     }
-    Ok(ProcessFacts { outside, answers, brk, threads })
+    Ok((outside, answers, brk, threads))
 }
