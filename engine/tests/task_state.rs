@@ -8,10 +8,10 @@ use ferry_engine::images::core::{CoreEntry, RlimitEntry, ThreadSasEntry};
 use ferry_engine::images::extension::{FerryTaskEntry, FerryThreadEntry};
 use ferry_engine::images::seccomp::{SeccompEntry, SeccompFilter, SeccompMode};
 use ferry_engine::images::signal::SiginfoEntry;
-use ferry_engine::images::timer::{ItimerEntry, PosixTimerEntry};
+use ferry_engine::images::timer::{ItimerEntry, PosixTimerEntry, TaskTimersEntry};
 use ferry_engine::procfs::Stat;
 use ferry_engine::sys::robust::RobustList;
-use ferry_engine::sys::{HostPid, NsPid, ptrace};
+use ferry_engine::sys::{HostPid, NsPid, process_vm, ptrace};
 use ferry_engine::task::process::{dump_leader, restore_process};
 use ferry_engine::task::seccomp::{self, FilterTable};
 use ferry_engine::task::signals::{self, QueueIds};
@@ -21,6 +21,9 @@ use ferry_engine::task::{
     refuse, registers, timers,
 };
 use ferry_engine::tree::TaskRef;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 mod sleeper;
 use sleeper::{Sleeper, vdso};
@@ -318,4 +321,89 @@ fn what_images_cannot_hold_is_refused_by_name() {
     });
     let refusals = refuse::check_thread(&task, NsPid(pid.0), &outside, &answers);
     assert!(refusals.len() == 1 && refusals[0].problem.contains("modify_ldt"), "{refusals:?}");
+}
+
+/// Writes `words` to the memory of `pid` at `at`.
+fn poke(pid: HostPid, at: u64, words: &[u64]) {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let range = at..at + bytes.len() as u64;
+    assert_eq!(process_vm::write(pid, std::slice::from_ref(&range), &bytes), Ok(bytes.len()));
+}
+
+#[test]
+fn a_thread_in_a_restartable_sequence_goes_on_at_its_abort_handler() {
+    let mut victim = Victim::stop();
+    let (pid, registers) = (victim.pid, victim.context.registers);
+    let rseq = ptrace::rseq_configuration(pid).expect("registration").pointer;
+    assert_ne!(rseq, 0, "the C library has registered one");
+    // A description below the stack's end: version and flags, start, length, abort handler; named by the registration.
+    let section = registers.rsp - 4096;
+    poke(pid, rseq + 8, &[section]);
+    let mut collect = |start: u64| {
+        poke(pid, section, &[0, start, 16, 0xab0]);
+        victim.context.registers.rip = registers.rip;
+        ThreadOutside::collect(pid, victim.stop, &mut victim.context).expect("collect");
+        victim.context.registers.rip
+    };
+    assert_eq!(collect(registers.rip), 0xab0, "at its first instruction");
+    assert_eq!(collect(registers.rip - 15), 0xab0, "at its last");
+    assert_eq!(collect(registers.rip - 16), registers.rip, "just behind it");
+    assert_eq!(collect(registers.rip + 1), registers.rip, "just before it");
+    poke(pid, rseq + 8, &[0x1000]);
+    assert_eq!(collect(registers.rip), registers.rip, "a description that cannot be read");
+}
+
+#[test]
+fn a_call_that_a_handler_interrupts_fails_in_the_image() {
+    let mut victim = Victim::stop();
+    let pid = victim.pid;
+    // As if the sleeper had a handler for SIGUSR1 without SA_RESTART, and a signal came while it was stopped.
+    victim.with_agent(|runner| {
+        let mut batch = runner.batch();
+        let action = batch.bytes([0x1000u64, 0x0400_0000, 0x2000, 0].map(u64::to_ne_bytes).as_flattened());
+        let set = batch.call(libc::SYS_rt_sigaction, &[libc::SIGUSR1 as u64, action.0, 0, 8]);
+        assert_eq!(batch.run().expect("batch").result(set), Ok(0));
+    });
+    let call_of = |core: &CoreEntry| core.thread_info.as_ref().map(|info| info.gpregs.ax as i64).expect("registers");
+    assert_eq!(call_of(&victim.dump().0), libc::SYS_clock_nanosleep, "no signal: it is made again");
+    kill(Pid::from_raw(pid.0), Signal::SIGUSR1).expect("a signal");
+    let (core, _) = victim.dump();
+    assert_eq!(
+        core.tc.as_ref().and_then(|process| process.signals_s.as_ref()).map_or(0, |queue| queue.signals.len()),
+        1
+    );
+    assert_eq!(call_of(&core), -i64::from(libc::EINTR));
+    // The thread itself would run into the handler, which is not there.
+    kill(Pid::from_raw(pid.0), Signal::SIGKILL).expect("its end");
+}
+
+#[test]
+fn timers_get_their_ids_without_help_of_the_kernel() {
+    let mut victim = Victim::stop();
+    let pid = victim.pid.0 as u32;
+    let timer = |it_id| PosixTimerEntry { it_id, clock_id: 1, si_signo: 14, ..PosixTimerEntry::default() };
+    let wanted = TaskTimersEntry { posix: vec![timer(1500), timer(2)], ..TaskTimersEntry::default() };
+    victim.with_agent(|runner| timers::create_counting(runner, &wanted, pid, pid).expect("timers"));
+    let listed = timers::collect_timers(victim.pid).expect("timers");
+    assert_eq!(listed.iter().map(timers::Listed::id).collect::<Vec<_>>(), [2, 1500]);
+}
+
+#[test]
+#[allow(clippy::print_stdout, reason = "a skip is told")]
+fn a_login_id_is_changed_by_the_process_itself() {
+    let mut victim = Victim::stop();
+    let before = identity::collect_loginuid(victim.pid).expect("login id");
+    if before.is_none() {
+        println!("skipped: this kernel has no login ids");
+        return;
+    }
+    let pid = victim.pid;
+    let descriptors = || fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors").count();
+    let open = descriptors();
+    victim.with_agent(|runner| {
+        identity::restore_loginuid(runner, Some(before.unwrap_or(0)), before).expect("nothing to do");
+        identity::restore_loginuid(runner, Some(4242), before).expect("another");
+    });
+    assert_eq!(identity::collect_loginuid(pid).expect("login id"), Some(4242));
+    assert_eq!(descriptors(), open, "no descriptor stays");
 }

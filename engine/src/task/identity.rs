@@ -9,7 +9,7 @@ use std::fs;
 use nix::errno::Errno;
 
 use super::{Checks, TaskError};
-use crate::agent::{Answers, Batch, Call, Out};
+use crate::agent::{Answers, Batch, Call, Out, Runner};
 use crate::images::core::{TaskCoreEntry, ThreadCoreEntry};
 use crate::images::extension::FerryTaskEntry;
 use crate::sys::HostPid;
@@ -243,8 +243,8 @@ pub fn restore_death_signal(batch: &mut Batch<'_>, signal: u32, checks: &mut Che
 
 /// Appends the flags of the memory that prctl(2) sets; after the credentials of every thread, which change the first.
 ///
-/// Value 2 of `dumpable` comes only from the kernel, when credentials change: the calls before this one have most likely
-/// brought it about. Where they have not, 0 is the nearest that is not more permissive.
+/// Value 2 of `dumpable` can only come from the kernel. 0 is set in its place, which differs in one thing: no core file is
+/// written for root either.
 pub fn restore_memory_flags(batch: &mut Batch<'_>, dumpable: Option<i32>, thp_disabled: bool, checks: &mut Checks) {
     if let Some(value) = dumpable {
         let value = if value == DUMPABLE_BY_ROOT { 0 } else { value };
@@ -255,6 +255,32 @@ pub fn restore_memory_flags(batch: &mut Batch<'_>, dumpable: Option<i32>, thp_di
         let arguments = [libc::PR_SET_THP_DISABLE as u64, 1];
         checks.call(batch, "switch for transparent huge pages", libc::SYS_prctl, &arguments);
     }
+}
+
+/// Changes a process's login id, if ferry's own, which it inherits, is another; in batches of its own.
+///
+/// Only the process itself may write it, so this comes while it still has ferry's `/proc`.
+///
+/// # Errors
+/// [`TaskError::Restore`], `EPERM` when the kernel keeps login ids for good.
+pub fn restore_loginuid(runner: &Runner, wanted: Option<u32>, ferrys: Option<u32>) -> Result<(), TaskError> {
+    let Some(wanted) = wanted.filter(|wanted| ferrys.is_some_and(|ferrys| ferrys != *wanted)) else { return Ok(()) };
+    let what = format!("login id {wanted}");
+    let mut batch = runner.batch();
+    let mut checks = Checks::default();
+    let path = batch.path("/proc/self/loginuid").0;
+    let flags = (libc::O_WRONLY | libc::O_CLOEXEC) as u64;
+    let open = checks.call(&mut batch, what.clone(), libc::SYS_openat, &[libc::AT_FDCWD as u64, path, flags]);
+    let answers = batch.run()?;
+    checks.verify(runner.tid(), &answers)?;
+    let file = answers.value(open)?;
+    let mut batch = runner.batch();
+    let mut checks = Checks::default();
+    let text = wanted.to_string();
+    let bytes = batch.bytes(text.as_bytes()).0;
+    checks.call(&mut batch, what, libc::SYS_write, &[file, bytes, text.len() as u64]);
+    batch.call(libc::SYS_close, &[file]);
+    checks.verify(runner.tid(), &batch.run()?)
 }
 
 /// Sets `/proc/PID/oom_score_adj` of a restored process from outside, if it differs.

@@ -10,6 +10,25 @@
 //! - [`thread`], [`process`]: a whole thread and a whole process, put together from these;
 //! - [`refuse`]: what cannot be saved.
 //!
+//! # Order of a restore
+//!
+//! Each thread in its own runner, all signals blocked, privileges whole:
+//!
+//! 1. [`identity::restore_loginuid`], before the tree's own `/proc` hides ferry's; per process.
+//! 2. When memory, descriptors and all threads are there: [`process::restore_process`] (leaders),
+//!    [`thread::restore_thread`] (all), in one batch.
+//! 3. [`timers::create_timers`], [`signals::restore_queues`]: batches of their own, none for most threads.
+//! 4. Under `PTRACE_O_SUSPEND_SECCOMP`: [`seccomp::restore_seccomp`], then [`thread::restore_identity`].
+//! 5. Leaders, when every thread has its credentials: [`identity::restore_memory_flags`],
+//!    [`identity::restore_oom_score_adj`] (from outside), and last of all [`timers::arm_timers`].
+//! 6. Stopped by ptrace(2): [`registers::final_registers`], [`registers::set_final_registers`], [`rseq::section_to_name`].
+//!
+//! # Order of a dump
+//!
+//! [`ThreadOutside::collect`] for every stopped thread, before any agent enters; [`ProcessOutside::collect`];
+//! [`ThreadQuestions`] in each thread and [`ProcessQuestions`] in the leader; when the agents have left,
+//! [`Queues::collect`]; [`refuse`]; [`process::dump_leader`] and [`thread::dump_thread`].
+//!
 //! A dump asks from outside what ptrace(2) tells of a stopped thread, and everything else from inside, in one batch per
 //! thread: a call from inside costs a tenth of a microsecond, a file of `/proc` tens of microseconds. Most questions are
 //! answered from inside for a second reason: the ids are then those of the tree's own namespaces.

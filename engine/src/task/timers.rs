@@ -200,28 +200,43 @@ fn code_of(info: &[u8; 128]) -> i32 {
 /// # Errors
 /// [`TaskError::Restore`]; [`TaskError::Machine`] when an id can be reached neither by choice nor by counting.
 pub fn create_timers(runner: &Runner, timers: &TaskTimersEntry, leader: u32, thread: u32) -> Result<(), TaskError> {
+    let own = own(timers, leader, thread);
+    if own.is_empty() {
+        return Ok(());
+    }
+    if runner.call(libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS, 1]).is_err() {
+        return create_counting(runner, timers, leader, thread);
+    }
+    for timer in own {
+        create(runner, timer, true)?;
+    }
+    runner.call(libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS, 0])?;
+    Ok(())
+}
+
+/// [`create_timers`] where the kernel takes no wishes: ids below the wanted ones are used up.
+///
+/// # Errors
+/// As there.
+pub fn create_counting(runner: &Runner, timers: &TaskTimersEntry, leader: u32, thread: u32) -> Result<(), TaskError> {
+    let mut next = 0;
+    for timer in own(timers, leader, thread) {
+        count_up_to(runner, next..timer.it_id, leader)?;
+        create(runner, timer, false)?;
+        next = timer.it_id.saturating_add(1);
+    }
+    Ok(())
+}
+
+/// The timers that `thread` has to create, by id.
+fn own(timers: &TaskTimersEntry, leader: u32, thread: u32) -> Vec<&PosixTimerEntry> {
     let owner = |timer: &PosixTimerEntry| match timer.notify_thread_id {
         Some(owner) if timer.clock_id == OWN_THREAD_CLOCK => owner as u32,
         _ => leader,
     };
-    let mut mine: Vec<_> = timers.posix.iter().filter(|timer| owner(timer) == thread).collect();
-    mine.sort_by_key(|timer| timer.it_id);
-    if mine.is_empty() {
-        return Ok(());
-    }
-    let choosing = runner.call(libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS, 1]).is_ok();
-    let mut next = 0;
-    for timer in &mine {
-        if !choosing {
-            count_up_to(runner, next..timer.it_id, leader)?;
-        }
-        create(runner, timer, choosing)?;
-        next = timer.it_id.saturating_add(1);
-    }
-    if choosing {
-        runner.call(libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS, 0])?;
-    }
-    Ok(())
+    let mut own: Vec<_> = timers.posix.iter().filter(|timer| owner(timer) == thread).collect();
+    own.sort_by_key(|timer| timer.it_id);
+    own
 }
 
 /// Creates one timer; `choosing` when the kernel takes the id as a wish, else it must come by itself.
