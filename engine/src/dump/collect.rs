@@ -5,7 +5,6 @@
 
 use std::io;
 
-use crate::agent::arch;
 use crate::agent::inject::{Context, Injected, find_syscall_instruction};
 use crate::agent::{Call, Pending};
 use crate::error::Refusal;
@@ -286,10 +285,7 @@ impl Collector<'_> {
         let whole = Process { outside: &facts.outside, answers: &facts.answers, queues: &facts.queues };
         let mut cores = Vec::with_capacity(facts.threads.len());
         for (place, (stopped, said)) in process.threads.iter().zip(&facts.threads).enumerate() {
-            // A restored thread starts from its registers alone, so an interrupted call must start again from them.
-            let mut context = stopped.context.clone();
-            arch::restart_interrupted_call(&mut context.registers);
-            let thread = Thread { place, context: &context, outside: &said.outside, answers: &said.answers };
+            let thread = Thread { place, context: &stopped.context, outside: &said.outside, answers: &said.answers };
             let core = if place == 0 {
                 dump_leader(thread, whole, stopped.stop, &process.stat, &mut self.filters)
             } else {
