@@ -3,6 +3,7 @@
 //! | file | what it owns |
 //! | --- | --- |
 //! | `collect` | the dump: [`Collected`] |
+//! | `plan` | the restore: [`RestorePlan`] |
 //! | `kind` | the kinds of namespaces and how images number them |
 //! | `mountinfo` | [`MountTable`]: the mounts that a process sees |
 //! | `mounts/`, `net/`, `ipc`, `uts`, `time` | one kind each, both halves |
@@ -13,18 +14,17 @@
 
 mod collect;
 mod enter;
-#[allow(dead_code, reason = "the restore half follows")]
 mod ipc;
 mod kind;
 mod mountinfo;
-#[allow(dead_code, reason = "the restore half follows")]
 mod mounts;
-#[allow(dead_code, reason = "the restore half follows")]
 mod net;
+mod plan;
 mod time;
-#[allow(dead_code, reason = "the restore half follows")]
 mod uts;
 
 pub use collect::{CollectNamespacesError, Collected, DumpNamespacesError, NamespaceOptions};
 pub use kind::{NamespaceIds, NamespaceKind};
 pub use mountinfo::{Device, ImagePath, Mount, MountTable};
+pub use mounts::RestoreMountsError;
+pub use plan::{NamespaceObstacle, PlanNamespacesError, RestoreNamespaceOptions, RestoreNamespacesError, RestorePlan};

@@ -58,6 +58,21 @@ pub(super) fn collect(pid: HostPid) -> io::Result<TimensEntry> {
     })
 }
 
+/// What a new time namespace has to add, so that clocks that showed `entry` go on: the text for `timens_offsets`.
+pub(super) fn offsets_for(entry: &TimensEntry) -> io::Result<String> {
+    let own = Offsets::read("self")?;
+    let line = |clock: &str, shown: &Timespec, now: i128| {
+        let offset = from_image(shown) - now;
+        format!("{clock} {} {}\n", offset.div_euclid(BILLION), offset.rem_euclid(BILLION))
+    };
+    let monotonic = line("monotonic", &entry.monotonic, now(ClockId::Monotonic) - own.monotonic);
+    Ok(monotonic + &line("boottime", &entry.boottime, now(ClockId::Boottime) - own.boottime))
+}
+
+fn from_image(time: &Timespec) -> i128 {
+    i128::from(time.tv_sec) * BILLION + i128::from(time.tv_nsec)
+}
+
 fn now(clock: ClockId) -> i128 {
     let time = clock_gettime(clock);
     i128::from(time.tv_sec) * BILLION + i128::from(time.tv_nsec)

@@ -5,14 +5,21 @@
 //! | `record` | a mount as images have it |
 //! | `source` | where each mount comes from when it is made again |
 //! | `collect` | the dump: records, refusals, content of tmpfs |
-//! | `pack` | the content of a tmpfs as a compressed tar |
+//! | `pack`, `unpack` | the content of a tmpfs as a compressed tar |
+//! | `order` | in which order mounts are made |
+//! | `restore`, `script` | the restore, by calls of the root task |
 
 mod collect;
+mod order;
 mod pack;
 mod record;
+mod restore;
+mod script;
 mod source;
+mod unpack;
 
 pub(super) use collect::Mounts;
+pub use restore::{MountPlan, RestoreMountsError};
 
 /// Something about mounts that stands in the way: of a dump, or of a restore.
 #[derive(Clone, Debug, PartialEq, Eq)]

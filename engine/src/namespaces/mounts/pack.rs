@@ -24,7 +24,7 @@ const COMPRESSED: u64 = 8 << 20;
 /// How deep folders may be nested: each takes a descriptor.
 const DEEPEST: usize = 256;
 /// The attribute's name, in pax headers, follows.
-const PAX_ATTRIBUTE: &str = "SCHILY.xattr.";
+pub(super) const PAX_ATTRIBUTE: &str = "SCHILY.xattr.";
 
 /// Packs the file system that `mount` shows.
 pub fn pack(mount: &OwnedFd) -> io::Result<Vec<u8>> {
