@@ -2,6 +2,11 @@
 //!
 //! `PAGEMAP_SCAN` walks the whole address space in one call. Saved are pages that are in memory or swapped out and
 //! neither belong to a file nor are the shared page of zeros: they are what reading the mapping anew would not show.
+//!
+//! Reading must change nothing. process_vm_readv(2) pins what it reads, and since Linux 5.19 the kernel gives a task its own copy of
+//! an anonymous page before it is pinned (mm/gup.c, gup_must_unshare): what fork left shared would be doubled, in the middle of a
+//! dump, at the cost of the container's memory limit. Pages that another task maps too are read through `/proc/PID/mem`, which
+//! does not pin.
 
 use std::fs::File;
 use std::io;
@@ -10,7 +15,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::images::pagemap::{PagemapEntry, page_flags};
 use crate::memory::mappings::{Kind, Mapping};
-use crate::sys::pagemap::{FILE, PFNZERO, PRESENT, PageRegion, Pagemap, SWAPPED, Wanted};
+use crate::sys::pagemap::{FILE, PFNZERO, PRESENT, PageRegion, Pagemap, SWAPPED, WORD_EXCLUSIVE, WORD_PRESENT, Wanted};
 use crate::sys::{HostPid, PAGE_SIZE, process_vm};
 
 /// Runs of pages of one process, in address order, and where each lies in the pages image.
@@ -19,6 +24,8 @@ pub struct PageRuns {
     runs: Vec<Range<u64>>,
     /// Offset in the image of each run, and at last the image's length.
     offsets: Vec<u64>,
+    /// Which pages of the runs other tasks map too, in address order.
+    shared: Vec<Range<u64>>,
 }
 
 impl PageRuns {
@@ -31,12 +38,25 @@ impl PageRuns {
             Wanted { all_of: FILE | PFNZERO, inverted: FILE | PFNZERO, any_of: PRESENT | SWAPPED, report: PRESENT };
         let mut regions = Vec::new();
         let end = mappings.iter().rev().find(|mapping| mapping.kind != Kind::Vsyscall).map_or(0, |last| last.range.end);
-        Pagemap::open(pid)?.scan(0..end, wanted, &mut regions)?;
+        let pagemap = Pagemap::open(pid)?;
+        pagemap.scan(0..end, wanted, &mut regions)?;
         let mut runs = Self::intersect(&regions, mappings);
         // The vdso belongs to the kernel, but whoever restores compares it with its own.
         runs.extend(mappings.iter().filter(|mapping| mapping.kind == Kind::Vdso).map(|vdso| vdso.range.clone()));
         runs.sort_by_key(|run| run.start);
-        Ok(Self::new(runs))
+        let mut collected = Self::new(runs);
+        for run in &collected.runs {
+            for (page, word) in (run.start..).step_by(PAGE_SIZE as usize).zip(pagemap.words(run.clone())?) {
+                if word & (WORD_PRESENT | WORD_EXCLUSIVE) != WORD_PRESENT {
+                    continue;
+                }
+                match collected.shared.last_mut() {
+                    Some(last) if last.end == page => last.end += PAGE_SIZE,
+                    _ => collected.shared.push(page..page + PAGE_SIZE),
+                }
+            }
+        }
+        Ok(collected)
     }
 
     fn new(runs: Vec<Range<u64>>) -> Self {
@@ -47,7 +67,7 @@ impl PageRuns {
             offset += run.end - run.start;
         }
         offsets.push(offset);
-        Self { runs, offsets }
+        Self { runs, offsets, shared: Vec::new() }
     }
 
     /// The parts of `regions` that lie in mappings with private pages, each within one mapping.
@@ -110,6 +130,27 @@ impl PageRuns {
         }
         ranges
     }
+
+    /// The same ranges, cut where pages that other tasks map begin and end, with whether each is such pages.
+    fn cut_by_sharing(&self, ranges: &[Range<u64>]) -> Vec<(Range<u64>, bool)> {
+        let mut parts = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            let mut start = range.start;
+            let mut next = self.shared.partition_point(|shared| shared.end <= start);
+            while start < range.end {
+                let shared = self.shared.get(next).filter(|shared| shared.start < range.end);
+                let (end, is_shared) = match shared {
+                    Some(shared) if shared.start <= start => (shared.end.min(range.end), true),
+                    Some(shared) => (shared.start, false),
+                    None => (range.end, false),
+                };
+                parts.push((start..end, is_shared));
+                next += usize::from(is_shared);
+                start = end;
+            }
+        }
+        parts
+    }
 }
 
 /// The pages of a process as the bytes of a pages image, read when they are asked for.
@@ -129,8 +170,28 @@ impl<'a> ProcessPages<'a> {
         Ok(Self { pid, runs, memory: File::open(format!("/proc/{pid}/mem"))? })
     }
 
-    /// Reads ranges through `/proc/PID/mem`, which ignores protections, until `ranges` or the buffer end.
-    fn read_protected(&self, ranges: &[Range<u64>], mut buffer: &mut [u8]) -> io::Result<()> {
+    /// Reads ranges that no other task maps: without a detour, but for pages that their owner may not read.
+    fn read_own(&self, mut ranges: Vec<Range<u64>>, buffer: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let got = process_vm::read(self.pid, &ranges, &mut buffer[done..]).unwrap_or(0);
+            done += got;
+            drop_front(&mut ranges, got as u64);
+            if got == 0 && !ranges.is_empty() {
+                // The page at the front may not be read by its owner (PROT_NONE): one range the other way.
+                let first = ranges.remove(0);
+                let len = (first.end - first.start) as usize;
+                self.read_unpinned(&[first], &mut buffer[done..done + len])?;
+                done += len;
+            } else if ranges.is_empty() && done < buffer.len() {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "fewer pages than were found"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads ranges through `/proc/PID/mem`, which ignores protections and pins nothing, until `ranges` or the buffer end.
+    fn read_unpinned(&self, ranges: &[Range<u64>], mut buffer: &mut [u8]) -> io::Result<()> {
         for range in ranges {
             let (head, rest) = buffer.split_at_mut((range.end - range.start) as usize);
             self.memory.read_exact_at(head, range.start)?;
@@ -146,23 +207,22 @@ impl crate::images::Content for ProcessPages<'_> {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let mut ranges = self.runs.ranges(offset, buffer.len() as u64);
-        let mut done = 0;
-        while done < buffer.len() {
-            let got = process_vm::read(self.pid, &ranges, &mut buffer[done..]).unwrap_or(0);
-            done += got;
-            drop_front(&mut ranges, got as u64);
-            if got == 0 && !ranges.is_empty() {
-                // The page at the front may not be read by its owner (PROT_NONE): one range the other way.
-                let first = ranges.remove(0);
-                let len = (first.end - first.start) as usize;
-                self.read_protected(&[first], &mut buffer[done..done + len])?;
-                done += len;
-            } else if ranges.is_empty() && done < buffer.len() {
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "fewer pages than were found"));
+        let ranges = self.runs.ranges(offset, buffer.len() as u64);
+        let (mut own, mut own_bytes, mut rest) = (Vec::new(), 0, buffer);
+        for (range, shared) in self.runs.cut_by_sharing(&ranges) {
+            let bytes = (range.end - range.start) as usize;
+            if !shared {
+                own.push(range);
+                own_bytes += bytes;
+                continue;
             }
+            let (before, after) = rest.split_at_mut(std::mem::take(&mut own_bytes));
+            self.read_own(std::mem::take(&mut own), before)?;
+            let (here, after) = after.split_at_mut(bytes);
+            self.read_unpinned(&[range], here)?;
+            rest = after;
         }
-        Ok(())
+        self.read_own(own, rest)
     }
 }
 
@@ -203,6 +263,22 @@ mod tests {
         assert_eq!(ranges, [25..30, 40..50]);
         drop_front(&mut ranges, 15);
         assert!(ranges.is_empty());
+    }
+
+    #[test]
+    fn ranges_are_cut_where_sharing_begins_and_ends() {
+        let mut runs = PageRuns::new(vec![0x1000..0x9000, 0xa000..0xc000]);
+        runs.shared = vec![0x2000..0x3000, 0x5000..0x6000, 0xa000..0xc000];
+        let cut = runs.cut_by_sharing(&[0x1800..0x5800, 0x8000..0x9000, 0xb000..0xc000]);
+        let want = [
+            (0x1800..0x2000, false),
+            (0x2000..0x3000, true),
+            (0x3000..0x5000, false),
+            (0x5000..0x5800, true),
+            (0x8000..0x9000, false),
+            (0xb000..0xc000, true),
+        ];
+        assert_eq!(cut, want);
     }
 
     #[test]

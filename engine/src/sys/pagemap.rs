@@ -4,8 +4,9 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
-use super::{HostPid, check};
+use super::{HostPid, PAGE_SIZE, check};
 
 /// The page is written since the last write-protecting scan.
 pub const WRITTEN: u64 = 1 << 1;
@@ -19,6 +20,11 @@ pub const SWAPPED: u64 = 1 << 4;
 pub const PFNZERO: u64 = 1 << 5;
 /// The page is mapped by a huge entry.
 pub const HUGE: u64 = 1 << 6;
+
+/// In a page's word: no other mapping of the page exists, in no task.
+pub const WORD_EXCLUSIVE: u64 = 1 << 56;
+/// In a page's word: the page is in memory.
+pub const WORD_PRESENT: u64 = 1 << 63;
 
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 const REGIONS_AT_ONCE: usize = 1024;
@@ -72,6 +78,13 @@ impl Pagemap {
     /// Opens the page map of `pid`.
     pub fn open(pid: HostPid) -> std::io::Result<Self> {
         File::open(format!("/proc/{pid}/pagemap")).map(Self)
+    }
+
+    /// The words of the pages of `range`, one for each (Documentation/admin-guide/mm/pagemap.rst).
+    pub fn words(&self, range: Range<u64>) -> std::io::Result<Vec<u64>> {
+        let mut bytes = vec![0; ((range.end - range.start) / PAGE_SIZE) as usize * 8];
+        self.0.read_exact_at(&mut bytes, range.start / PAGE_SIZE * 8)?;
+        Ok(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word)).collect())
     }
 
     /// Appends to `regions` the wanted pages of `range`, in address order.
