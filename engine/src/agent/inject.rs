@@ -90,9 +90,12 @@ pub fn call_once(
     ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block its signals"))?;
     ptrace::set_registers(tid, &arch::call_registers(base, syscall_at, number, arguments))
         .map_err(failed("set its registers"))?;
-    for _ in ["entry", "exit"] {
+    let mut passed = 0;
+    while passed < ["entry", "exit"].len() {
         ptrace::continue_to_syscall(tid).map_err(failed("run a system call in it"))?;
-        ptrace::wait_stop(tid).map_err(failed("await a system call in it"))?;
+        // A task that SIGSTOP had stopped owes us one more stop, for our interrupt, before it gets to the call.
+        let stop = ptrace::wait_stop(tid).map_err(failed("await a system call in it"))?;
+        passed += usize::from(matches!(stop, ptrace::Stop::Signal(_)));
     }
     let after = ptrace::registers(tid).map_err(failed("read a system call's result"))?;
     match arch::call_result(&after) {
