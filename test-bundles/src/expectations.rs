@@ -9,6 +9,7 @@ pub const REFUSED: &[(&str, &str)] = &[
     ("unix_connected", "unix"),
     ("unix_datagram", "unix"),
     ("udp", "udp"),
+    ("deleted_linked_file", "hard link"),
     ("terminal", "terminal"),
     ("inotify", "inotify"),
     ("signalfd", "signalfd"),
@@ -19,7 +20,7 @@ pub const REFUSED: &[(&str, &str)] = &[
     ("netlink", "netlink"),
     ("file_lock", "lock"),
     ("userfaultfd", "userfaultfd"),
-    ("system_v_memory", "shared memory"),
+    ("system_v_memory", "system v"),
     ("several_unsupported", "inotify"),
 ];
 
