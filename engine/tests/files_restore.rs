@@ -264,7 +264,7 @@ fn an_epoll_instance_watches_what_it_watched() {
     assert_eq!(collector.refusals(), []);
     let dump = collector.finish();
     drop(holder);
-    let tasks = Tasks::restore(&mut plan(&images(&dump), &[(None, 1)], Inherited::new()).unwrap(), &[]).unwrap();
+    let tasks = Tasks::restore(&mut plan(&images(&dump), &[(None, 2)], Inherited::new()).unwrap(), &[]).unwrap();
     let restored = tasks.descriptor(0, raw(&instance));
     let mut events = Vec::with_capacity(8);
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

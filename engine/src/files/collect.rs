@@ -19,7 +19,7 @@ use rustix::path::DecInt;
 use super::epoll::{collect_epoll, resolve_targets};
 use super::event;
 use super::fdinfo::FdInfo;
-use super::ghost::Ghosts;
+use super::ghost::{Ghosts, kernel_device};
 use super::owner::{collect_owner, nobody};
 use super::pipe::Pipes;
 use super::regular::{self, Found, Paths, STATX};
@@ -30,6 +30,8 @@ use crate::images::encode;
 use crate::images::files::{FdType, FdinfoEntry, FileEntry};
 use crate::images::pipe::{FifoEntry, PipeEntry};
 use crate::images::regfile::RegFileEntry;
+use crate::sockets::unix::SocketFile;
+use crate::sockets::{self, Sockets};
 use crate::sys::kcmp::{self, compare};
 use crate::sys::{HostPid, NsPid, pidfd};
 
@@ -133,6 +135,7 @@ pub struct FilesCollector {
     ghosts: Ghosts,
     pipes: Pipes<Holder>,
     fifos: Pipes<Holder>,
+    sockets: Sockets<Holder>,
     /// epoll instances by id, with the descriptors that name them.
     epolls: BTreeMap<u32, Epoll>,
     refusals: Vec<Refusal>,
@@ -152,6 +155,7 @@ impl FilesCollector {
     /// # Errors
     /// Those of reading `/proc/PID`: the process may be gone.
     pub fn new(root: HostPid, options: FilesOptions) -> io::Result<Self> {
+        let sockets = Sockets::of(root, options.network_namespace_id)?;
         Ok(Self {
             options,
             root,
@@ -164,6 +168,7 @@ impl FilesCollector {
             ghosts: Ghosts::default(),
             pipes: Pipes::default(),
             fifos: Pipes::default(),
+            sockets,
             epolls: BTreeMap::new(),
             refusals: Vec::new(),
             dump: FilesDump::default(),
@@ -329,6 +334,16 @@ impl FilesCollector {
             }
             b"anon_inode:[timerfd]" => {
                 Ok(FileEntry { tfd: Some(event::collect_timerfd(id, &info, fown)?), ..entry(FdType::Timerfd) })
+            }
+            _ if name.starts_with(b"socket:[") => {
+                let holder = self.holder_of(descriptor);
+                let Descriptor { task, .. } = *descriptor;
+                let paths = &self.paths;
+                let find_file = |name: &[u8], file| socket_file(paths, task.pid, name, file);
+                let pidfd = task.pidfd;
+                let inode = stat.stx_ino as u32;
+                let socket = sockets::Found { id, inode, info, duplicate: duplicate.as_fd(), pidfd, fown };
+                Ok(self.sockets.collect(socket, &find_file, holder, self.options.stopped)?)
             }
             _ if name.starts_with(b"pipe:[") => {
                 let holder = self.holder_of(descriptor);
@@ -496,7 +511,8 @@ impl FilesCollector {
         let mut refusals = self.refusals.clone();
         let pipes = self.pipes.half_outside().map(|(inode, holder)| (format!("pipe[{inode}]"), holder));
         let fifos = self.fifos.half_outside().map(|(inode, holder)| (format!("fifo[{inode}]"), holder));
-        for (key, holder) in pipes.chain(fifos) {
+        let sockets = self.sockets.half_outside().map(|(inode, holder)| (format!("socket[{inode}]"), holder));
+        for (key, holder) in pipes.chain(fifos).chain(sockets) {
             let stdio = self.options.outside_stdio && holder.of_root && holder.fd.is_some_and(|fd| fd <= 2);
             if stdio || self.options.external.contains(&key) {
                 continue;
@@ -518,11 +534,30 @@ impl FilesCollector {
             }
         };
         put(Kind::PipesData, self.pipes.image(Kind::PipesData));
+        put(Kind::SkQueues, self.sockets.image());
         put(Kind::FifoData, self.fifos.image(Kind::FifoData));
         put(Kind::RemapFpath, encode(Kind::RemapFpath, &self.ghosts.remaps));
         self.dump.images.append(&mut self.ghosts.images);
         self.dump
     }
+}
+
+/// Finds the file that a local socket is bound to: an absolute name from the tree's root, another from the task's
+/// working directory.
+fn socket_file(paths: &Paths, pid: HostPid, name: &[u8], (inode, device): (u32, u32)) -> Option<SocketFile> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    let (stat, directory) = match name.strip_prefix(b"/") {
+        Some(relative) => (statx(paths.root()?, relative, flags, STATX), None),
+        None => {
+            let link = format!("/proc/{pid}/cwd");
+            let open = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let directory = rustix::fs::open(&link, open, Mode::empty()).ok()?;
+            (statx(directory, name, flags, STATX), Some(rustix::fs::readlink(&link, Vec::new()).ok()?.into_bytes()))
+        }
+    };
+    let stat = stat.ok()?;
+    let same = stat.stx_ino as u32 == inode && kernel_device(stat.stx_dev_major, stat.stx_dev_minor) == device;
+    same.then_some(SocketFile { mode: stat.stx_mode.into(), uid: stat.stx_uid, gid: stat.stx_gid, directory })
 }
 
 /// The description of `pid`'s descriptor `fd` among those alike, or where it belongs.

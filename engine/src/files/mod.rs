@@ -3,7 +3,7 @@
 //! | file | what it owns |
 //! | --- | --- |
 //! | `collect` | the walk over descriptor tables: [`FilesCollector`]; which descriptors share a description |
-//! | `fdinfo`, `mounts`, `owner` | what the kernel says of every descriptor alike |
+//! | `fdinfo`, `owner` | what the kernel says of every descriptor alike |
 //! | `regular`, `ghost`, `pipe`, `event` … | one kind of object each: its dump and its restore |
 //! | `plan`, `restore`, `session` | who makes which description at restore, when, and the batches that do it: [`RestorePlan`] |
 //!
@@ -15,10 +15,9 @@
 mod collect;
 mod epoll;
 mod event;
-mod fdinfo;
+pub(crate) mod fdinfo;
 mod ghost;
 mod ghost_restore;
-mod mounts;
 mod owner;
 mod pipe;
 mod plan;
@@ -62,11 +61,20 @@ pub struct FilesOptions {
     pub outside_stdio: bool,
     /// Whether file locks are saved.
     pub file_locks: bool,
+    /// The number that images give to the tree's network namespace, which sockets name.
+    pub network_namespace_id: Option<u32>,
 }
 
 impl Default for FilesOptions {
     fn default() -> Self {
-        Self { stopped: true, ghost_limit: 1 << 20, external: BTreeSet::new(), outside_stdio: false, file_locks: false }
+        Self {
+            stopped: true,
+            ghost_limit: 1 << 20,
+            external: BTreeSet::new(),
+            outside_stdio: false,
+            file_locks: false,
+            network_namespace_id: None,
+        }
     }
 }
 

@@ -15,7 +15,9 @@ use super::pipe::PipeContent;
 use crate::agent::AgentError;
 use crate::images::files::{FdType, FdinfoEntry, FileEntry};
 use crate::images::pipe::PipeDataEntry;
+use crate::images::unix::UnixSkEntry;
 use crate::images::{DecodeError, Kind, Reader, decode_all};
+use crate::sockets::{decode_queues, inet, unix};
 use crate::sys::NsPid;
 
 /// Why descriptors could not be restored.
@@ -119,6 +121,8 @@ pub struct RestorePlan {
     pub(super) first_holder: HashMap<u32, (usize, u32)>,
     pub(super) pipe_contents: HashMap<u32, PipeContent>,
     pub(super) fifo_contents: HashMap<u32, PipeContent>,
+    /// What waits in receive queues, by description.
+    pub(super) queues: HashMap<u32, Vec<Vec<u8>>>,
     pub(super) inherited: Inherited,
     /// The number of an inherited descriptor in the tree until all is placed.
     pub(super) inherited_at: BTreeMap<String, u32>,
@@ -160,6 +164,10 @@ impl RestorePlan {
             None => Ok(HashMap::new()),
         };
         let (pipe_contents, fifo_contents) = (contents(Kind::PipesData)?, contents(Kind::FifoData)?);
+        let queues = match get(&Kind::SkQueues.name())? {
+            Some(bytes) => decode_queues(&bytes)?,
+            None => HashMap::new(),
+        };
         let entries: HashMap<u32, FileEntry> = files.into_iter().map(|entry| (entry.id, entry)).collect();
         let ghosts = GhostPlan::read(&mut get, &entries)?;
         let mut plan = Self {
@@ -171,6 +179,7 @@ impl RestorePlan {
             first_holder: HashMap::new(),
             pipe_contents,
             fifo_contents,
+            queues,
             inherited,
             inherited_at: BTreeMap::new(),
             ghosts,
@@ -211,6 +220,8 @@ impl RestorePlan {
                 _ => "a FIFO".into(),
             },
             Some(FileEntry { pipe: Some(pipe), .. }) => format!("pipe:[{}]", pipe.pipe_id),
+            Some(FileEntry { usk: Some(socket), .. }) => format!("socket:[{}]", socket.ino),
+            Some(FileEntry { isk: Some(socket), .. }) => format!("socket:[{}]", socket.ino),
             Some(entry) => format!("{:?}", entry.r#type()).to_lowercase(),
             None => format!("description {id}"),
         };
@@ -287,6 +298,14 @@ impl RestorePlan {
                 }
                 None => false,
             },
+            FdType::InetSk => match &entry.isk {
+                Some(socket) if inet::is_whole(socket) => return Ok(inet::obstacle(socket)),
+                _ => false,
+            },
+            FdType::UnixSk => match &entry.usk {
+                Some(socket) if unix::is_whole(socket) => return Ok(self.unix_obstacle(id, socket)),
+                _ => false,
+            },
             FdType::Eventpoll => entry.epfd.is_some(),
             FdType::Eventfd => entry.efd.is_some(),
             FdType::Signalfd => entry.sgfd.is_some(),
@@ -294,6 +313,18 @@ impl RestorePlan {
             _ => return Ok(Some("objects of this kind cannot be restored yet")),
         };
         if whole { Ok(None) } else { Err(inconsistent(format!("description {id} is not whole"))) }
+    }
+
+    fn unix_obstacle(&self, id: u32, socket: &UnixSkEntry) -> Option<&'static str> {
+        if self.inherited.contains_key(&format!("socket:[{}]", socket.ino)) {
+            return None;
+        }
+        let has_peer =
+            |entry: &FileEntry| entry.usk.as_ref().is_some_and(|peer| peer.ino == socket.peer && peer.id != id);
+        if unix::is_connected(socket) && socket.peer != 0 && !self.entries.values().any(has_peer) {
+            return Some("its other end is not in the set: name its stand-in with --inherit-fd");
+        }
+        unix::obstacle(socket)
     }
 
     /// Whether content can be written to a new pipe without waiting for a reader.
@@ -319,12 +350,13 @@ impl RestorePlan {
     /// The inherited descriptor that stands for a description, by its key.
     pub(super) fn stand_in(&self, id: u32) -> Option<u32> {
         let by_key = |key: &str| self.inherited_at.get(key).copied();
-        by_key(&description_key(id)).or_else(|| match &self.entries.get(&id)?.reg {
-            Some(reg) => {
+        by_key(&description_key(id)).or_else(|| match self.entries.get(&id)? {
+            FileEntry { reg: Some(reg), .. } => {
                 let name = String::from_utf8_lossy(&reg.name);
                 by_key(name.strip_prefix('/').unwrap_or(&name))
             }
-            None => None,
+            FileEntry { usk: Some(socket), .. } => by_key(&format!("socket:[{}]", socket.ino)),
+            _ => None,
         })
     }
 
@@ -376,6 +408,9 @@ impl RestorePlan {
         match entry {
             FileEntry { pipe: Some(pipe), .. } => (FdType::Pipe, pipe.pipe_id),
             FileEntry { fifo: Some(fifo), .. } => (FdType::Fifo, fifo.pipe_id),
+            FileEntry { usk: Some(socket), .. } if unix::is_connected(socket) && socket.peer != 0 => {
+                (FdType::UnixSk, socket.ino.min(socket.peer))
+            }
             _ => (FdType::Und, id),
         }
     }

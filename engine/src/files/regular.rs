@@ -4,14 +4,14 @@
 //! followed by ` (deleted)` when that name is gone. statx(2) through the link tells inode and mount (Linux 5.8) without a duplicate.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, statx};
 
 use super::Problem;
-use super::mounts::Mounts;
 use super::session::{Done, Session, Temporary};
 use crate::images::regfile::RegFileEntry;
+use crate::namespaces::MountTable;
 use crate::sys::HostPid;
 
 /// What is asked of every object by statx(2).
@@ -54,9 +54,7 @@ pub struct Name {
 
 /// The mount namespace of the tree, as ferry looks into it.
 pub struct Paths {
-    mounts: Mounts,
-    /// Whether the tree has a mount namespace other than ferry's.
-    own_namespace: bool,
+    mounts: MountTable,
     /// The root of that namespace, where it can be reached.
     root: Option<OwnedFd>,
 }
@@ -67,9 +65,8 @@ impl Paths {
     /// # Errors
     /// Those of reading `/proc/PID`: the process may be gone.
     pub fn of(pid: HostPid) -> io::Result<Self> {
-        let own_namespace =
-            std::fs::read_link(format!("/proc/{pid}/ns/mnt"))? != std::fs::read_link("/proc/self/ns/mnt")?;
-        let root = if !own_namespace {
+        let mounts = MountTable::read(pid)?;
+        let root = if mounts.is_own() {
             Some("/".to_owned())
         } else {
             // A process that changed its root (chroot(2)) does not lead to the namespace's.
@@ -78,7 +75,7 @@ impl Paths {
         };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = root.map(|root| rustix::fs::open(root, flags, Mode::empty())).transpose()?;
-        Ok(Self { mounts: Mounts::read(pid)?, own_namespace, root })
+        Ok(Self { mounts, root })
     }
 
     /// Finds the name to save a file under, and makes sure that a restore will find the same file there.
@@ -104,9 +101,9 @@ impl Paths {
                 ),
             ));
         };
-        let mnt_id = self.own_namespace.then_some(found.mnt_id);
+        let mnt_id = (!self.mounts.is_own()).then_some(found.mnt_id);
         let stripped = found.name.strip_suffix(DELETED);
-        if mount.file_system == "proc" {
+        if mount.fs_type == "proc" {
             return match stripped {
                 Some(_) => Err(Problem::new("it belongs to a process that has ended", "have the program close it")),
                 None => Ok(Name { path: found.name.to_vec(), mnt_id, deleted: false }),
@@ -128,6 +125,11 @@ impl Paths {
                 "have the program close the file, or unmount what covers it",
             ),
         })
+    }
+
+    /// The root of the tree's mount namespace, where it can be reached.
+    pub fn root(&self) -> Option<BorrowedFd<'_>> {
+        self.root.as_ref().map(AsFd::as_fd)
     }
 
     /// Whether the path leads to the inode. Where the root cannot be reached, the name's own ending has to do.

@@ -17,6 +17,8 @@ use crate::images::files::{FdType, FileEntry};
 use crate::images::fown::FownEntry;
 use crate::images::pipe::PipeEntry;
 use crate::images::regfile::RegFileEntry;
+use crate::sockets::inet::restore_inet;
+use crate::sockets::unix;
 
 impl RestorePlan {
     /// Readies the first task, cloned by ferry and at home in its mounts: deleted files are there again, its
@@ -152,6 +154,8 @@ impl RestorePlan {
             FdType::Reg => entry.reg.as_ref().map(|reg| (&reg.fown, reg.flags))?,
             FdType::Pipe => entry.pipe.as_ref().map(|pipe| (&pipe.fown, pipe.flags))?,
             FdType::Fifo => self.fifo_file(entry).map(|reg| (&reg.fown, reg.flags))?,
+            FdType::InetSk => entry.isk.as_ref().map(|socket| (&socket.fown, socket.flags))?,
+            FdType::UnixSk => entry.usk.as_ref().map(|socket| (&socket.fown, socket.flags))?,
             FdType::Eventpoll => entry.epfd.as_ref().map(|epoll| (&epoll.fown, epoll.flags))?,
             FdType::Eventfd => entry.efd.as_ref().map(|event| (&event.fown, event.flags))?,
             FdType::Signalfd => entry.sgfd.as_ref().map(|signal| (&signal.fown, signal.flags))?,
@@ -211,6 +215,21 @@ impl RestorePlan {
                     made.push((Some(*id), restore_fifo(session, path, reg.flags, content, cloexec(*id))?));
                 }
                 Ok(made)
+            }
+            FileEntry { isk: Some(socket), .. } => one(restore_inet(session, socket, flag)?),
+            FileEntry { usk: Some(socket), .. } if !unix::is_connected(socket) => {
+                one(unix::restore_single(session, socket, flag)?)
+            }
+            FileEntry { usk: Some(_), .. } => {
+                let end = |id: &u32| {
+                    let entry = self.entries.get(id)?.usk.as_ref()?;
+                    let packets = self.queues.get(id).map_or(&[][..], Vec::as_slice);
+                    Some(unix::End { entry, packets, cloexec: cloexec(*id) })
+                };
+                let mut ends = unit.members.iter().filter_map(end);
+                let Some(first) = ends.next() else { return Ok(Vec::new()) };
+                let made = unix::restore_pair(session, first, ends.next())?;
+                Ok(made.into_iter().enumerate().map(|(index, end)| (unit.members.get(index).copied(), end)).collect())
             }
             FileEntry { epfd: Some(_), .. } => one(restore_epoll(session, flag)?),
             FileEntry { efd: Some(event), .. } => one(restore_eventfd(session, event, flag)?),

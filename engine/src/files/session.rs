@@ -7,6 +7,7 @@
 use nix::errno::Errno;
 
 use crate::agent::{AgentError, Batch, Call, Out, Runner};
+use crate::sys::RemoteAddr;
 
 /// Room kept free in a batch for calls without data.
 const SLACK: usize = 16 * Batch::CALL_BYTES;
@@ -182,6 +183,39 @@ impl<'a> Session<'a> {
         Ok(answers.bytes(out))
     }
 
+    /// The description that calls are for.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Runs what has been gathered, then one call with a copy of `data` and room for `len` bytes among its arguments;
+    /// returns what it wrote there, or nothing if it said `ENOENT`.
+    pub fn try_ask(
+        &mut self,
+        number: i64,
+        before: &[u64],
+        data: &[u8],
+        len: usize,
+        after: &[u64],
+    ) -> Done<Option<Vec<u8>>> {
+        self.flush()?;
+        let mut batch = self.runner.batch();
+        let (data, out) = (batch.bytes(data), batch.space(len));
+        let call = batch.call(number, &[before, &[data.0, out.addr.0], after].concat());
+        let answers = batch.run()?;
+        match answers.result(call) {
+            Ok(_) => Ok(Some(answers.bytes(out))),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(errno) => Err(SessionError::Step { id: self.id, step: "examine what is there", errno }),
+        }
+    }
+
+    /// A copy of `bytes` for the very next call, which may have as many bytes of data of its own as 64.
+    pub fn data(&mut self, bytes: &[u8]) -> Done<RemoteAddr> {
+        self.reserve(bytes.len() + 128)?;
+        Ok(self.batch.bytes(bytes))
+    }
+
     /// A call that makes a descriptor.
     pub fn make(
         &mut self,
@@ -249,6 +283,16 @@ impl<'a> Session<'a> {
                 rest = later;
             }
         }
+        Ok(())
+    }
+
+    /// Sends `packet` as one, which must not block.
+    pub fn send(&mut self, descriptor: Temporary, packet: &[u8]) -> Done {
+        self.reserve(packet.len())?;
+        let address = self.batch.bytes(packet);
+        let arguments = [descriptor.0.into(), address.0, packet.len() as u64, libc::MSG_NOSIGNAL as u64, 0, 0];
+        let call = self.batch.must(libc::SYS_sendto, &arguments);
+        self.check(call, "fill its queue", Expect::Count(packet.len() as u64));
         Ok(())
     }
 

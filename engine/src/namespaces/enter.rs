@@ -16,7 +16,7 @@ use super::kind::NamespaceKind;
 ///
 /// # Errors
 /// Those of setns(2) and of starting a thread; `ESRCH` when the task is gone.
-pub(super) fn visit<T: Send>(
+pub(crate) fn visit<T: Send>(
     pidfd: BorrowedFd<'_>,
     kinds: &[NamespaceKind],
     work: impl FnOnce() -> T + Send,

@@ -24,7 +24,9 @@ mod time;
 mod uts;
 
 pub use collect::{CollectNamespacesError, Collected, DumpNamespacesError, NamespaceOptions};
+pub(crate) use enter::visit;
 pub use kind::{NamespaceIds, NamespaceKind};
 pub use mountinfo::{Device, ImagePath, Mount, MountTable};
 pub use mounts::RestoreMountsError;
+pub(crate) use net::netlink;
 pub use plan::{NamespaceObstacle, PlanNamespacesError, RestoreNamespaceOptions, RestoreNamespacesError, RestorePlan};

@@ -14,6 +14,7 @@ pub mod process_vm;
 pub mod ptrace;
 pub mod robust;
 pub mod shared;
+pub mod sockopt;
 pub mod userfaultfd;
 
 use std::fmt;

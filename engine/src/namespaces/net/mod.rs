@@ -3,7 +3,7 @@
 //! Other links, packet filters and routing rules are refused by name for now, unless the namespace is to be given to the
 //! restore from outside, or to be left empty for others to fill.
 
-mod netlink;
+pub(crate) mod netlink;
 mod settings;
 
 use std::io;

@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-use rustix::net::netlink::{NETFILTER, SocketAddrNetlink};
+use rustix::net::netlink::{NETFILTER, SOCK_DIAG, SocketAddrNetlink};
 use rustix::net::{
     AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, sendto, socket_with,
 };
@@ -108,6 +108,11 @@ impl Netlink {
     /// One for netfilter.
     pub fn netfilter() -> io::Result<Self> {
         Self::open(Some(NETFILTER))
+    }
+
+    /// One for sockets (sock_diag(7)).
+    pub fn diagnostics() -> io::Result<Self> {
+        Self::open(Some(SOCK_DIAG))
     }
 
     fn open(protocol: Option<Protocol>) -> io::Result<Self> {

@@ -1,0 +1,177 @@
+//! Sockets: both halves, dump and restore (socket(7)).
+//!
+//! | file | what it owns |
+//! | --- | --- |
+//! | `options` | what all families share: the options of `SOL_SOCKET` |
+//! | `inet` | IPv4 and IPv6: listening TCP, TCP that is not connected, UDP |
+//! | `unix` | local sockets: listening, bound, pairs |
+//! | `queue` | packets that wait in a receive queue |
+//! | `diag` | what sock_diag(7) tells of local sockets |
+//!
+//! A dump looks at a duplicate; nothing that it does changes the socket. Connections whose other end is outside the tree are
+//! refused by name.
+
+mod diag;
+pub(crate) mod inet;
+mod options;
+mod queue;
+pub(crate) mod unix;
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use diag::UnixSockets;
+
+use crate::files::Problem;
+use crate::files::fdinfo::FdInfo;
+use crate::images::files::{FdType, FileEntry};
+use crate::images::fown::FownEntry;
+use crate::images::inet::InetSkEntry;
+use crate::images::sockets::SkPacketEntry;
+use crate::images::unix::UnixSkEntry;
+use crate::images::{DecodeError, Encoder, Kind, Reader};
+use crate::sys::{HostPid, sockopt};
+
+/// States that images name by the numbers of TCP's (include/net/tcp_states.h), whatever the family.
+pub(crate) mod state {
+    /// Connected.
+    pub const ESTABLISHED: u32 = 1;
+    /// Neither connected nor listening.
+    pub const CLOSE: u32 = 7;
+    /// Listening.
+    pub const LISTEN: u32 = 10;
+}
+
+/// What the dump knows of the tree's sockets.
+pub(crate) struct Sockets<H> {
+    /// The tree's network namespace: its inode, and its number in images.
+    namespace: u64,
+    namespace_id: Option<u32>,
+    unix: Option<UnixSockets>,
+    /// Local sockets that are connected: inode, peer, and who has them.
+    ends: BTreeMap<u32, (u32, H)>,
+    packets: Vec<queue::Packet>,
+}
+
+/// One socket, as the walk over descriptors found it.
+pub(crate) struct Found<'a> {
+    pub id: u32,
+    pub inode: u32,
+    pub info: FdInfo<'a>,
+    pub duplicate: BorrowedFd<'a>,
+    pub pidfd: BorrowedFd<'a>,
+    pub fown: FownEntry,
+}
+
+impl<H> Sockets<H> {
+    /// Begins with the network namespace of the tree's first task.
+    ///
+    /// # Errors
+    /// Those of stat(2): the process may be gone.
+    pub fn of(root: HostPid, namespace_id: Option<u32>) -> io::Result<Self> {
+        use std::os::unix::fs::MetadataExt;
+        let namespace = std::fs::metadata(format!("/proc/{root}/ns/net"))?.ino();
+        Ok(Self { namespace, namespace_id, unix: None, ends: BTreeMap::new(), packets: Vec::new() })
+    }
+
+    /// Reads a socket; with `content`, what waits in its queue as well.
+    pub fn collect(
+        &mut self,
+        found: Found<'_>,
+        find_file: &unix::FindFile<'_>,
+        holder: H,
+        content: bool,
+    ) -> Result<FileEntry, Problem> {
+        let Found { id, inode, info, duplicate, pidfd, fown } = found;
+        let entry = |kind: FdType| FileEntry { r#type: kind as i32, id, ..FileEntry::default() };
+        match self.family(duplicate)? {
+            family @ (libc::AF_INET | libc::AF_INET6) => {
+                let isk = inet::collect_inet(id, inode, family, &info, duplicate, fown)?;
+                let isk = InetSkEntry { ns_id: self.namespace_id, ..isk };
+                Ok(FileEntry { isk: Some(isk), ..entry(FdType::InetSk) })
+            }
+            libc::AF_UNIX => {
+                let list = match &mut self.unix {
+                    Some(list) => list,
+                    none => none.insert(
+                        UnixSockets::collect(pidfd)
+                            .map_err(|error| Problem::unreadable("the list of sockets", error))?,
+                    ),
+                };
+                let socket = list.get(inode).ok_or_else(|| {
+                    // A running task may have made it since.
+                    Problem::new("the kernel does not list this local socket", "try again")
+                })?;
+                let usk = unix::collect_unix(id, inode, socket, &info, duplicate, fown, find_file)?;
+                if unix::is_connected(&usk) {
+                    self.ends.insert(inode, (usk.peer, holder));
+                }
+                // Closed ends show no length, whatever waits in them.
+                if content && usk.state != state::LISTEN && (socket.waiting > 0 || usk.peer == 0) {
+                    let packets = queue::collect_queue(id, duplicate, unix::is_stream(&usk), socket.waiting)?;
+                    self.packets.extend(packets);
+                }
+                let usk = UnixSkEntry { ns_id: self.namespace_id, ..usk };
+                Ok(FileEntry { usk: Some(usk), ..entry(FdType::UnixSk) })
+            }
+            family => Err(unsupported(family)),
+        }
+    }
+
+    /// The family of a socket, after a check that it is in the tree's network namespace.
+    fn family(&self, duplicate: BorrowedFd<'_>) -> Result<i32, Problem> {
+        let inode = sockopt::network_namespace(duplicate)
+            .map_err(|errno| Problem::unreadable("its network namespace", errno))?;
+        if inode != self.namespace {
+            return Err(Problem::new(
+                format!("the socket belongs to another network namespace ({inode}) than the tree ({})", self.namespace),
+                "have the program close it",
+            ));
+        }
+        sockopt::number(duplicate, libc::SOL_SOCKET, libc::SO_DOMAIN)
+            .map_err(|errno| Problem::unreadable("its family", errno))
+    }
+
+    /// The holders of sockets whose other end is held by somebody outside the tree, with the inode.
+    pub fn half_outside(&self) -> impl Iterator<Item = (u32, &H)> {
+        self.ends
+            .iter()
+            .filter(|(_, (peer, _))| *peer != 0 && !self.ends.contains_key(peer))
+            .map(|(inode, (_, holder))| (*inode, holder))
+    }
+
+    /// The image of all queues.
+    pub fn image(&self) -> Vec<u8> {
+        let mut encoder = Encoder::new(Kind::SkQueues);
+        for (entry, bytes) in &self.packets {
+            encoder.entry(entry).tail(bytes);
+        }
+        encoder.finish()
+    }
+}
+
+/// Reads `sk-queues.img`: packets by the description that they wait for.
+pub(crate) fn decode_queues(bytes: &[u8]) -> Result<HashMap<u32, Vec<Vec<u8>>>, DecodeError> {
+    let name = Kind::SkQueues.name();
+    let mut reader = Reader::new(&name, Kind::SkQueues, bytes)?;
+    let mut queues: HashMap<u32, Vec<Vec<u8>>> = HashMap::new();
+    while let Some(entry) = reader.next_entry::<SkPacketEntry>()? {
+        queues.entry(entry.id_for).or_default().push(reader.tail(entry.length.into())?.to_vec());
+    }
+    Ok(queues)
+}
+
+/// What people call a family that is not saved yet.
+fn unsupported(family: i32) -> Problem {
+    let name = match family {
+        libc::AF_NETLINK => "netlink",
+        libc::AF_PACKET => "packet",
+        libc::AF_VSOCK => "vsock",
+        libc::AF_ALG => "crypto (AF_ALG)",
+        libc::AF_BLUETOOTH => "Bluetooth",
+        libc::AF_XDP => "XDP",
+        _ => return Problem::new(format!("sockets of family {family} cannot be saved"), "have the program close it"),
+    };
+    Problem::new(format!("{name} sockets cannot be saved yet"), "have the program close it before the checkpoint")
+}
