@@ -63,6 +63,16 @@ fn kernel_answer(answer: Result<i64, Fault>) -> i64 {
     answer.unwrap_or_else(|_| -i64::from(errno()))
 }
 
+/// The answer of a call that signal(7) lets fail with EINTR after any stop, handler or not: it is made again, as programs have to.
+fn unless_stopped(mut call: impl FnMut() -> i64) -> i64 {
+    loop {
+        let answer = call();
+        if answer != -i64::from(libc::EINTR) {
+            return answer;
+        }
+    }
+}
+
 /// A check of a call that ends by itself after LENGTH with the answer `right`.
 fn timed(number: libc::c_long, right: i64, call: impl Fn() -> i64) -> Result<Check, Fault> {
     let note = note()?;
@@ -202,7 +212,7 @@ pub fn restart_epoll_wait(_: &Room) -> Result<Check, Fault> {
         1,
         move || {
             let mut got = zeroed::<libc::epoll_event>();
-            let answer = kernel_answer(raw!(SYS_epoll_wait, set, &mut got, 1, -1));
+            let answer = unless_stopped(|| kernel_answer(raw!(SYS_epoll_wait, set, &mut got, 1, -1)));
             let mut count = 0u64;
             if answer == 1 {
                 let _ = sys!(read(event, (&raw mut count).cast(), 8));
@@ -269,8 +279,7 @@ pub fn restart_sigtimedwait(_: &Room) -> Result<Check, Fault> {
         libc::SYS_rt_sigtimedwait,
         i64::from(libc::SIGUSR2),
         move || {
-            let mut info = zeroed::<libc::siginfo_t>();
-            kernel_answer(raw!(SYS_rt_sigtimedwait, &set, &mut info, none, 8))
+            unless_stopped(|| kernel_answer(raw!(SYS_rt_sigtimedwait, &set, &mut zeroed::<libc::siginfo_t>(), none, 8)))
         },
         |pid| sys!(kill(pid, libc::SIGUSR2)).map(|_| ()),
     )
