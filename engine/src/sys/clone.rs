@@ -39,6 +39,26 @@ pub struct CloneArguments {
     pub cgroup: u64,
 }
 
+impl CloneArguments {
+    /// The structure as a task reads it from its memory.
+    pub fn to_bytes(self) -> Vec<u8> {
+        let words = [
+            self.flags,
+            self.pidfd,
+            self.child_tid,
+            self.parent_tid,
+            self.exit_signal,
+            self.stack,
+            self.stack_size,
+            self.tls,
+            self.set_tid,
+            self.set_tid_size,
+            self.cgroup,
+        ];
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+}
+
 /// What the first task of a tree is cloned with.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FirstTask<'a> {

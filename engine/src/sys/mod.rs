@@ -10,12 +10,14 @@ pub mod kcmp;
 pub mod owner;
 pub mod pagemap;
 pub mod pidfd;
+pub mod pidns;
 pub mod process_vm;
 pub mod ptrace;
 pub mod robust;
 pub mod shared;
 pub mod sockopt;
 pub mod userfaultfd;
+pub mod view;
 
 use std::fmt;
 

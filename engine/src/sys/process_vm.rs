@@ -34,3 +34,19 @@ pub fn write(pid: HostPid, ranges: &[Range<u64>], data: &[u8]) -> nix::Result<us
     let put = unsafe { libc::process_vm_writev(pid.0, &raw const local, 1, remote.as_ptr(), remote.len() as u64, 0) };
     check(put as i64).map(|put| put as usize)
 }
+
+/// Writes each slice at its address in the task, at most [`MAX_RANGES`] of them; returns how many bytes went.
+///
+/// A short count means that the byte after it could not be written.
+pub fn write_pieces(pid: HostPid, pieces: &[(u64, &[u8])]) -> nix::Result<usize> {
+    let pieces = &pieces[..pieces.len().min(MAX_RANGES)];
+    let vector = |base: fn(&(u64, &[u8])) -> *mut libc::c_void| -> Vec<libc::iovec> {
+        pieces.iter().map(|piece| libc::iovec { iov_base: base(piece), iov_len: piece.1.len() }).collect()
+    };
+    let local = vector(|piece| piece.1.as_ptr().cast_mut().cast());
+    let remote = vector(|piece| piece.0 as *mut _);
+    let count = pieces.len() as u64;
+    // SAFETY: the local vectors cover the slices exactly and are only read; remote addresses are used in the other task.
+    let put = unsafe { libc::process_vm_writev(pid.0, local.as_ptr(), count, remote.as_ptr(), count, 0) };
+    check(put as i64).map(|put| put as usize)
+}

@@ -40,6 +40,21 @@ impl SharedMemory {
         Ok(Self { base: NonNull::new(base.cast()).ok_or(Errno::EFAULT)?, len })
     }
 
+    /// New shared memory of `len` bytes that no file backs; `flags` may ask for huge pages.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn anonymous(len: usize, flags: i32) -> nix::Result<Self> {
+        let flags = flags & !libc::MAP_FIXED | libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        Ok(Self { base: NonNull::new(base.cast()).ok_or(Errno::EFAULT)?, len })
+    }
+
     /// Size in bytes.
     pub fn len(&self) -> usize {
         self.len
