@@ -13,6 +13,7 @@ pub mod memory;
 pub mod namespaces;
 pub mod preflight;
 pub mod procfs;
+pub mod restore;
 mod sockets;
 pub mod sys;
 pub mod task;

@@ -30,6 +30,7 @@ use std::os::fd::BorrowedFd;
 
 pub use collect::{FilesCollector, FilesDump};
 pub use plan::{Inherited, Obstacle, RestoreFilesError, RestorePlan, RestoreTask};
+pub use restore::FoundFile;
 
 use crate::sys::{HostPid, NsPid};
 

@@ -11,7 +11,7 @@ use super::pipe::{directions, restore_fifo, restore_pipe};
 use super::plan::{Obstacle, RestoreFilesError, RestorePlan, Unit, inconsistent};
 use super::regular::{STATX, open_flags, restore_regular};
 use super::session::{Done, Numbers, Place, Session, SessionError, Temporary, compare};
-use crate::agent::{Batch, Call, Runner};
+use crate::agent::Runner;
 use crate::images::event::EventpollTfdEntry;
 use crate::images::files::{FdType, FileEntry};
 use crate::images::fown::FownEntry;
@@ -19,6 +19,15 @@ use crate::images::pipe::PipeEntry;
 use crate::images::regfile::RegFileEntry;
 use crate::sockets::inet::restore_inet;
 use crate::sockets::unix;
+
+/// A file that no descriptor of the tree holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FoundFile<'a> {
+    /// To be duplicated from this descriptor.
+    StandIn(u32),
+    /// To be opened at this absolute path.
+    Path(&'a [u8]),
+}
 
 impl RestorePlan {
     /// Readies the first task, cloned by ferry and at home in its mounts: deleted files are there again, its
@@ -274,24 +283,22 @@ impl RestorePlan {
         Ok(made)
     }
 
-    /// Appends the opening, close-on-exec and with `flags`, of a file that no descriptor holds: a mapping's, the executable, a
-    /// directory. The task's root must be that of its mount namespace.
+    /// Where a file is found that no descriptor holds: a mapping's, the executable, a directory. The task's root must be
+    /// that of its mount namespace, and its descriptors not be placed yet.
     ///
     /// # Errors
     /// [`RestoreFilesError::Inconsistent`] when there is no such file in the set.
-    pub fn open_mapping(&self, id: u32, flags: u32, batch: &mut Batch<'_>) -> Result<Call, RestoreFilesError> {
+    pub fn find_file(&self, id: u32) -> Result<FoundFile<'_>, RestoreFilesError> {
         let reg = self.entries.get(&id).and_then(|entry| entry.reg.as_ref());
         let reg = reg.ok_or_else(|| inconsistent(format!("there is no file {id}")))?;
         if let Some(number) = self.stand_in(id) {
-            return Ok(batch.must(libc::SYS_fcntl, &[number.into(), libc::F_DUPFD_CLOEXEC as u64, 0]));
+            return Ok(FoundFile::StandIn(number));
         }
         let path = self.ghosts.path(id).unwrap_or(&reg.name);
-        if !path.starts_with(b"/") {
-            return Err(inconsistent(format!("file {id} has no path")));
+        if path.starts_with(b"/") && !path.contains(&0) {
+            return Ok(FoundFile::Path(path));
         }
-        let address = batch.path(path);
-        let flags = open_flags(flags) | libc::O_CLOEXEC as u32;
-        Ok(batch.must(libc::SYS_openat, &[libc::AT_FDCWD as u64, address.0, flags.into(), 0]))
+        Err(inconsistent(format!("file {id} has no path")))
     }
 
     /// The path of a file of the set, for messages.

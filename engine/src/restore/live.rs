@@ -1,0 +1,190 @@
+//! The tasks as they come to be, and what undoes them.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+
+use super::error::RestoreError;
+use super::script::{Object, Results, Script, ScriptError, run};
+use crate::agent::{AgentError, Area, Runner, watch};
+use crate::sys::robust::RobustList;
+use crate::sys::{HostPid, NsPid, pidfd};
+
+/// A thread that sits in its runner.
+pub struct LiveThread {
+    /// Its id in the images.
+    pub tid: NsPid,
+    /// Its id here.
+    pub host: HostPid,
+    /// Its runner.
+    pub runner: Runner,
+}
+
+/// A process whose threads sit in runners.
+pub struct LiveTask {
+    /// Its id in the images.
+    pub pid: NsPid,
+    /// Its name, for messages.
+    pub comm: String,
+    /// Its id here.
+    pub host: HostPid,
+    /// Its leader's runner.
+    pub runner: Runner,
+    /// Its other threads.
+    pub threads: Vec<LiveThread>,
+    /// Where the vdso is now.
+    pub vdso_at: u64,
+    /// The member whose restored memory it has now, its own or an ancestor's; none for what ferry's clone has.
+    pub space: Option<usize>,
+    /// Whether it exists no more.
+    pub ended: bool,
+}
+
+impl LiveTask {
+    /// The process's threads, leader first.
+    pub fn all_threads(&self) -> impl Iterator<Item = (NsPid, HostPid, &Runner)> {
+        let leader = std::iter::once((self.pid, self.host, &self.runner));
+        leader.chain(self.threads.iter().map(|thread| (thread.tid, thread.host, &thread.runner)))
+    }
+
+    /// An agent's error, with this task's name.
+    pub fn agent(&self, source: AgentError) -> RestoreError {
+        RestoreError::Agent { pid: self.pid, comm: self.comm.clone(), source }
+    }
+
+    /// A script's error, with this task's name.
+    pub fn script(&self, error: ScriptError) -> RestoreError {
+        match error {
+            ScriptError::Agent(source) => self.agent(source),
+            // The images and the machine disagree over a number.
+            ScriptError::Step { object: Object::Task(pid), errno, .. } => RestoreError::Clone { pid, errno },
+            ScriptError::Step { step, object, errno } => self.step(step, object.to_string(), errno),
+        }
+    }
+
+    /// A failed step, with this task's name.
+    pub fn step(&self, step: &'static str, object: impl Into<String>, errno: Errno) -> RestoreError {
+        RestoreError::Step { pid: self.pid, comm: self.comm.clone(), object: object.into(), step, errno }
+    }
+}
+
+/// All tasks made so far.
+///
+/// Dropped before [`Self::release`], it ends them all and waits until they are gone.
+pub struct LiveTree {
+    /// Ferry's death is the tasks' death. Before `area`, in which its nodes lie.
+    list: RobustList,
+    area: Area,
+    /// Members, then helpers; none while not made.
+    tasks: Vec<Option<LiveTask>>,
+    /// In the order in which they were made.
+    made: Vec<usize>,
+    /// Whether ferry traces all threads.
+    traced: bool,
+    released: bool,
+}
+
+impl LiveTree {
+    /// For `count` members and helpers, whose runners live in `area`.
+    pub fn new(list: RobustList, area: Area, count: usize) -> Self {
+        Self { list, area, tasks: (0..count).map(|_| None).collect(), made: Vec::new(), traced: false, released: false }
+    }
+
+    /// The runners' area.
+    pub fn area(&mut self) -> &mut Area {
+        &mut self.area
+    }
+
+    /// Notes a task that exists now.
+    pub fn add(&mut self, place: usize, task: LiveTask) {
+        watch(&mut self.list, task.runner.slot());
+        self.tasks[place] = Some(task);
+        self.made.push(place);
+    }
+
+    /// Notes that ferry has begun to trace threads: it must wait for their ends then.
+    pub fn trace(&mut self) {
+        self.traced = true;
+    }
+
+    /// The task at `place`, which has been made.
+    pub fn task(&self, place: usize) -> &LiveTask {
+        self.tasks[place].as_ref().expect("tasks are used after they are made")
+    }
+
+    /// As [`Self::task`], to change it.
+    pub fn task_mut(&mut self, place: usize) -> &mut LiveTask {
+        self.tasks[place].as_mut().expect("tasks are used after they are made")
+    }
+
+    /// All tasks that live, with their places, parents before children.
+    pub fn living(&self) -> impl Iterator<Item = (usize, &LiveTask)> {
+        self.made
+            .iter()
+            .filter_map(|&place| self.tasks[place].as_ref().map(|task| (place, task)))
+            .filter(|(_, task)| !task.ended)
+    }
+
+    /// Runs scripts in the leaders of tasks, all at once.
+    ///
+    /// # Errors
+    /// Of the first task that failed.
+    pub fn run(&self, scripts: Vec<(usize, Script)>) -> Result<Vec<Results>, RestoreError> {
+        let places: Vec<usize> = scripts.iter().map(|(place, _)| *place).collect();
+        let scripts: Vec<(&Runner, Script)> =
+            scripts.into_iter().map(|(place, script)| (&self.task(place).runner, script)).collect();
+        run(&scripts).map_err(|(index, error)| self.task(places[index]).script(error))
+    }
+
+    /// Lets go of the tasks: they run by themselves now.
+    pub fn release(mut self) {
+        self.released = true;
+        self.list.clear();
+    }
+
+    /// Ends every task, the youngest first so that no number is free while it is still to be ended, and waits for all.
+    fn end(&self) {
+        let open = |place: &usize| Some((self.task(*place).host, pidfd::open(self.task(*place).host).ok()?));
+        let tasks: Vec<(HostPid, OwnedFd)> =
+            self.living().map(|(place, _)| place).collect::<Vec<_>>().iter().rev().filter_map(open).collect();
+        // Orphans come to ferry and no zombies stay with a reaper that does not look.
+        let subreaper = nix::sys::prctl::get_child_subreaper().unwrap_or(false);
+        let _ = nix::sys::prctl::set_child_subreaper(true);
+        for (pid, task) in &tasks {
+            if let Err(errno) = pidfd::send_signal(task.as_fd(), libc::SIGKILL) {
+                tracing::warn!(%pid, %errno, "a task of the failed restore cannot be ended");
+            }
+        }
+        if self.traced {
+            // A traced thread stays until its tracer has seen its end; the leader ends last.
+            for (_, task) in self.living() {
+                for (_, tid, _) in task.all_threads().skip(1).chain(task.all_threads().take(1)) {
+                    let _ = waitpid(Pid::from_raw(tid.0), Some(WaitPidFlag::__WALL));
+                }
+            }
+        }
+        for (pid, task) in &tasks {
+            if let Err(errno) = pidfd::wait_gone(task.as_fd(), Duration::from_secs(10)) {
+                tracing::warn!(%pid, %errno, "a task of the failed restore does not end");
+            }
+        }
+        // Parents first: each leaves its children, those that had exited before too, to ferry.
+        for place in &self.made {
+            let pid = Pid::from_raw(self.task(*place).host.0);
+            let _ = waitpid(pid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
+        }
+        let _ = nix::sys::prctl::set_child_subreaper(subreaper);
+    }
+}
+
+impl Drop for LiveTree {
+    fn drop(&mut self) {
+        if !self.released {
+            self.end();
+            self.list.clear();
+        }
+    }
+}
