@@ -242,6 +242,73 @@ fn changed_and_missing_files_are_named() {
 }
 
 #[test]
+fn locks_and_signal_owners_come_back() {
+    use nix::fcntl::{Flock, FlockArg};
+    let scratch = Scratch::new("locks");
+    let open = |name: &str| {
+        OpenOptions::new().read(true).write(true).create(true).truncate(true).open(scratch.path(name)).unwrap()
+    };
+    let flocked = Flock::lock(open("flocked"), FlockArg::LockExclusive).unwrap();
+    let ranged = open("ranged");
+    let range = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: 0, l_start: 100, l_len: 10, l_pid: 0 };
+    nix::fcntl::fcntl(&ranged, nix::fcntl::FcntlArg::F_OFD_SETLK(&range)).unwrap();
+    let (owned, _other) = rustix::net::socketpair(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::STREAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+    .unwrap();
+    set_owner(&owned, std::process::id() as i32);
+    let holder = Holder::start(&[flocked.as_fd(), ranged.as_fd(), owned.as_fd(), _other.as_fd()]);
+    let mut refusing = holder.collect(FilesOptions::default());
+    let refusals: Vec<String> = refusing.refusals().iter().map(ToString::to_string).collect();
+    assert_eq!(refusals.len(), 2, "{refusals:?}");
+    assert!(refusals.iter().all(|refusal| refusal.contains("file lock") && refusal.contains("--file-locks")));
+    let mut collector = holder.collect(FilesOptions { file_locks: true, ..FilesOptions::default() });
+    assert_eq!(collector.refusals(), []);
+    let dump = collector.finish();
+    drop(holder);
+    let numbers = [raw(&*flocked), raw(&ranged), raw(&owned)];
+    let mut images = images(&dump);
+    // The plan's task has another pid than the sleeper had.
+    let kind = ferry_engine::images::Kind::FileLocks;
+    let mut locks: Vec<ferry_engine::images::file_lock::FileLockEntry> =
+        ferry_engine::images::decode_all("filelocks.img", kind, &images["filelocks.img"]).unwrap();
+    assert_eq!(locks.len(), 2);
+    locks.iter_mut().for_each(|lock| lock.pid = 1);
+    images.insert("filelocks.img".into(), ferry_engine::images::encode(kind, &locks));
+    let mut early = plan(&images, &[(None, 2)], Inherited::new()).unwrap();
+    // The locks are this process's still.
+    let error = Tasks::restore(&mut early, &[]).err().expect("the locks are taken").to_string();
+    assert!(error.contains("take its file lock again"), "{error}");
+    drop((flocked, ranged));
+    let mut plan = plan(&images, &[(None, 2)], Inherited::new()).unwrap();
+    let tasks = Tasks::restore(&mut plan, &[]).unwrap();
+    assert!(tasks.info(0, numbers[0], "lock").contains("FLOCK  ADVISORY  WRITE"));
+    let range = tasks.info(0, numbers[1], "lock");
+    assert!(range.contains("OFDLCK ADVISORY  WRITE") && range.ends_with(" 100 109"), "{range}");
+    let owner = ferry_engine::sys::owner::get(tasks.descriptor(0, numbers[2]).as_fd()).unwrap();
+    assert_eq!((owner.pid, owner.kind, owner.signal), (std::process::id() as i32, 1, libc::SIGURG));
+    assert_ne!(tasks.flags(0, numbers[2]) & libc::O_ASYNC as u32, 0);
+}
+
+/// Has SIGURG, which is ignored, sent to `pid` when the descriptor becomes ready.
+#[allow(unsafe_code)]
+fn set_owner(fd: &OwnedFd, pid: i32) {
+    let fd = fd.as_raw_fd();
+    // SAFETY: these commands take numbers.
+    let results = unsafe {
+        [
+            libc::fcntl(fd, libc::F_SETOWN, pid),
+            libc::fcntl(fd, ferry_engine::sys::owner::F_SETSIG, libc::SIGURG),
+            libc::fcntl(fd, libc::F_SETFL, libc::O_ASYNC),
+        ]
+    };
+    assert_eq!(results, [0; 3]);
+}
+
+#[test]
 fn an_epoll_instance_watches_what_it_watched() {
     use rustix::event::epoll;
     let instance = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();

@@ -20,6 +20,7 @@ use super::epoll::{collect_epoll, resolve_targets};
 use super::event;
 use super::fdinfo::FdInfo;
 use super::ghost::{Ghosts, kernel_device};
+use super::lock::Locks;
 use super::owner::{collect_owner, nobody};
 use super::pipe::Pipes;
 use super::regular::{self, Found, Paths, STATX};
@@ -136,6 +137,7 @@ pub struct FilesCollector {
     pipes: Pipes<Holder>,
     fifos: Pipes<Holder>,
     sockets: Sockets<Holder>,
+    locks: Locks,
     /// epoll instances by id, with the descriptors that name them.
     epolls: BTreeMap<u32, Epoll>,
     refusals: Vec<Refusal>,
@@ -169,6 +171,7 @@ impl FilesCollector {
             pipes: Pipes::default(),
             fifos: Pipes::default(),
             sockets,
+            locks: Locks::default(),
             epolls: BTreeMap::new(),
             refusals: Vec::new(),
             dump: FilesDump::default(),
@@ -185,14 +188,14 @@ impl FilesCollector {
             Err(index) => {
                 let number = self.tables.len() as u32 + FIRST_TABLE;
                 self.tables.insert(index, (task.pid, number));
-                let entries = self.collect_table(task);
+                let entries = self.collect_table(task, number);
                 self.dump.fdinfo.push((number, entries));
                 number
             }
         }
     }
 
-    fn collect_table(&mut self, task: &TaskRef<'_>) -> Vec<FdinfoEntry> {
+    fn collect_table(&mut self, task: &TaskRef<'_>, number: u32) -> Vec<FdinfoEntry> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let open = |name| rustix::fs::open(format!("/proc/{}/{name}", task.pid), flags, Mode::empty());
         let (links, infos, numbers) = match open("fd").and_then(|links| {
@@ -211,7 +214,7 @@ impl FilesCollector {
         let mut entries = Vec::with_capacity(numbers.len());
         let mut buffers = std::mem::replace(&mut self.buffers, Buffers { link: Vec::new(), info: Vec::new() });
         for fd in numbers {
-            match self.collect_descriptor(task, fd, links.as_fd(), infos.as_fd(), &mut buffers) {
+            match self.collect_descriptor((task, number), fd, links.as_fd(), infos.as_fd(), &mut buffers) {
                 Ok(entry) => entries.push(entry),
                 Err((_, Skip::Gone)) => {}
                 Err((name, Skip::Refused(problem))) => {
@@ -239,7 +242,7 @@ impl FilesCollector {
 
     fn collect_descriptor(
         &mut self,
-        task: &TaskRef<'_>,
+        (task, table): (&TaskRef<'_>, u32),
         fd: u32,
         links: BorrowedFd<'_>,
         infos: BorrowedFd<'_>,
@@ -258,6 +261,11 @@ impl FilesCollector {
             .ok_or_else(|| named(Problem::new("the kernel does not describe it as proc(5) says", "").into()))?;
         let descriptor = Descriptor { task, fd, name, stat: &stat, info };
         let (id, kind) = self.description(&descriptor).map_err(named)?;
+        for lock in info.locks() {
+            self.locks
+                .collect(lock, (task.ns_pid.0, fd), (table, id), info.flags)
+                .map_err(|problem| named(problem.into()))?;
+        }
         let flags = if info.cloexec { libc::FD_CLOEXEC as u32 } else { 0 };
         Ok(FdinfoEntry { id, flags, r#type: kind as i32, fd, xattr_security_selinux: None })
     }
@@ -536,6 +544,7 @@ impl FilesCollector {
         put(Kind::PipesData, self.pipes.image(Kind::PipesData));
         put(Kind::SkQueues, self.sockets.image());
         put(Kind::FifoData, self.fifos.image(Kind::FifoData));
+        put(Kind::FileLocks, encode(Kind::FileLocks, &self.locks.entries));
         put(Kind::RemapFpath, encode(Kind::RemapFpath, &self.ghosts.remaps));
         self.dump.images.append(&mut self.ghosts.images);
         self.dump

@@ -18,6 +18,7 @@ mod event;
 pub(crate) mod fdinfo;
 mod ghost;
 mod ghost_restore;
+mod lock;
 mod owner;
 mod pipe;
 mod plan;

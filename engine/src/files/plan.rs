@@ -11,8 +11,10 @@ use nix::errno::Errno;
 use rustix::fs::{Mode, OFlags};
 
 use super::ghost_restore::GhostPlan;
+use super::lock;
 use super::pipe::PipeContent;
 use crate::agent::AgentError;
+use crate::images::file_lock::FileLockEntry;
 use crate::images::files::{FdType, FdinfoEntry, FileEntry};
 use crate::images::pipe::PipeDataEntry;
 use crate::images::unix::UnixSkEntry;
@@ -123,6 +125,7 @@ pub struct RestorePlan {
     pub(super) fifo_contents: HashMap<u32, PipeContent>,
     /// What waits in receive queues, by description.
     pub(super) queues: HashMap<u32, Vec<Vec<u8>>>,
+    pub(super) locks: Vec<FileLockEntry>,
     pub(super) inherited: Inherited,
     /// The number of an inherited descriptor in the tree until all is placed.
     pub(super) inherited_at: BTreeMap<String, u32>,
@@ -164,6 +167,16 @@ impl RestorePlan {
             None => Ok(HashMap::new()),
         };
         let (pipe_contents, fifo_contents) = (contents(Kind::PipesData)?, contents(Kind::FifoData)?);
+        let locks: Vec<FileLockEntry> = match get(&Kind::FileLocks.name())? {
+            Some(bytes) => decode_all(&Kind::FileLocks.name(), Kind::FileLocks, &bytes)?,
+            None => Vec::new(),
+        };
+        if let Some(lock) = locks.iter().find(|lock| !lock::is_whole(lock)) {
+            return Err(inconsistent(format!(
+                "the lock at descriptor {} of pid {} is of no known kind",
+                lock.fd, lock.pid
+            )));
+        }
         let queues = match get(&Kind::SkQueues.name())? {
             Some(bytes) => decode_queues(&bytes)?,
             None => HashMap::new(),
@@ -180,6 +193,7 @@ impl RestorePlan {
             pipe_contents,
             fifo_contents,
             queues,
+            locks,
             inherited,
             inherited_at: BTreeMap::new(),
             ghosts,

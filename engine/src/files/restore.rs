@@ -6,6 +6,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, openat2, statx};
 
 use super::epoll::{restore_epoll, watch_target};
 use super::event::{arm_timerfd, restore_eventfd, restore_signalfd, restore_timerfd};
+use super::lock::restore_lock;
 use super::owner::restore_owner;
 use super::pipe::{directions, restore_fifo, restore_pipe};
 use super::plan::{Obstacle, RestoreFilesError, RestorePlan, Unit, inconsistent};
@@ -140,6 +141,11 @@ impl RestorePlan {
                 if self.first_holder.get(id).is_some_and(|(holder, _)| *holder == task) {
                     self.complete(&mut session, *id, places)?;
                 }
+            }
+            let pid = self.tasks[task].pid;
+            for lock in self.locks.iter().filter(|lock| lock.pid == pid.0) {
+                let holder = table.entries.iter().find(|entry| entry.fd == lock.fd as u32);
+                restore_lock(&mut session, holder.map_or(0, |entry| entry.id), lock)?;
             }
             session.finish().map(drop)
         };
