@@ -231,7 +231,7 @@ fn everything_unsupported_is_listed_at_once() -> Outcome {
     if output.status.code() != Some(1) {
         return Err(format!("the dump ended with {}: {told}", output.status));
     }
-    for word in ["inotify", "timerfd", "signalfd"] {
+    for word in ["inotify", "memfd", "pidfd"] {
         if !told.contains(word) {
             return Err(format!("the refusal does not name {word}: {told}"));
         }

@@ -1,7 +1,8 @@
-//! Event counters and epoll sets (eventfd(2), epoll(7)).
+//! Descriptors of events: counters, signals, timers, and epoll sets over them (eventfd(2), signalfd(2), timerfd_create(2), epoll(7)).
 
 use crate::room::{Check, Room};
-use crate::sys::{Fault, Verdict, ensure, errno, same, sys, zeroed};
+use crate::sys::{Fault, Verdict, ensure, errno, raw, same, sys, timespec, zeroed};
+use std::time::Duration;
 
 fn add(counter: i32, value: u64) -> Verdict {
     sys!(write(counter, (&raw const value).cast(), 8)).map(|_| ())
@@ -118,5 +119,35 @@ pub fn epoll_modes(_: &Room) -> Result<Check, Fault> {
         same!("one-shot, armed again", ready(set)?, vec![(IN, 2)]);
         take(once)?;
         watch(set, libc::EPOLL_CTL_MOD, once, libc::EPOLLIN | libc::EPOLLONESHOT, 2)
+    }))
+}
+
+/// Signals through a descriptor (signalfd(2)).
+pub fn signalfd(_: &Room) -> Result<Check, Fault> {
+    let set = 1u64 << (libc::SIGUSR1 - 1);
+    raw!(SYS_rt_sigprocmask, libc::SIG_BLOCK, &set, std::ptr::null::<u64>(), 8)?;
+    let descriptor = raw!(SYS_signalfd4, -1, &set, 8, libc::SFD_NONBLOCK)? as i32;
+    Ok(Box::new(move || {
+        sys!(raise(libc::SIGUSR1))?;
+        let mut bytes = [0u8; 128];
+        same!("bytes of the signal", sys!(read(descriptor, bytes.as_mut_ptr().cast(), 128))?, 128);
+        ensure!(sys!(read(descriptor, bytes.as_mut_ptr().cast(), 128)).is_err(), "the signal came twice");
+        Ok(())
+    }))
+}
+
+/// A periodic timer behind a descriptor (timerfd_create(2)).
+pub fn timerfd(_: &Room) -> Result<Check, Fault> {
+    let descriptor = sys!(timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_NONBLOCK))? as i32;
+    let tick = timespec(Duration::from_millis(20));
+    let set = libc::itimerspec { it_interval: tick, it_value: tick };
+    sys!(timerfd_settime(descriptor, 0, &set, std::ptr::null_mut()))?;
+    Ok(Box::new(move || {
+        let mut count = 0u64;
+        let mut poll = libc::pollfd { fd: descriptor, events: libc::POLLIN, revents: 0 };
+        same!("the timer fires", sys!(poll(&mut poll, 1, 5000))?, 1);
+        sys!(read(descriptor, (&raw mut count).cast(), 8))?;
+        ensure!(count > 0, "the timer has not expired");
+        Ok(())
     }))
 }

@@ -4,19 +4,9 @@
 
 use crate::Workload;
 use crate::room::{Check, Room};
-use crate::sys::{Fault, Verdict, c_path, ensure, errno, raw, same, sys, timespec, zeroed};
-use std::io::{Read, Write};
+use crate::sockets::ping;
+use crate::sys::{Fault, c_path, ensure, errno, raw, same, sys, zeroed};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::UnixStream;
-use std::time::Duration;
-
-fn ping(mut one: impl Write, mut other: impl Read) -> Verdict {
-    one.write_all(b"ping").map_err(|error| error.to_string())?;
-    let mut bytes = [0u8; 4];
-    other.read_exact(&mut bytes).map_err(|error| error.to_string())?;
-    same!("what came through", bytes, *b"ping");
-    Ok(())
-}
 
 fn tcp_connected(_: &Room) -> Result<Check, Fault> {
     let text = |error: std::io::Error| error.to_string();
@@ -27,35 +17,6 @@ fn tcp_connected(_: &Room) -> Result<Check, Fault> {
         let _ = &listener;
         ping(&client, &server)?;
         ping(&server, &client)
-    }))
-}
-
-fn unix_connected(_: &Room) -> Result<Check, Fault> {
-    let (one, other) = UnixStream::pair().map_err(|error| error.to_string())?;
-    Ok(Box::new(move || {
-        ping(&one, &other)?;
-        ping(&other, &one)
-    }))
-}
-
-fn unix_datagram(_: &Room) -> Result<Check, Fault> {
-    let (one, other) = std::os::unix::net::UnixDatagram::pair().map_err(|error| error.to_string())?;
-    Ok(Box::new(move || {
-        one.send(b"datagram").map_err(|error| error.to_string())?;
-        let mut bytes = [0u8; 20];
-        same!("length of the datagram", other.recv(&mut bytes).map_err(|error| error.to_string())?, 8);
-        Ok(())
-    }))
-}
-
-fn udp(_: &Room) -> Result<Check, Fault> {
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").map_err(|error| error.to_string())?;
-    let address = socket.local_addr().map_err(|error| error.to_string())?;
-    Ok(Box::new(move || {
-        socket.send_to(b"datagram", address).map_err(|error| error.to_string())?;
-        let mut bytes = [0u8; 20];
-        same!("length of the datagram", socket.recv(&mut bytes).map_err(|error| error.to_string())?, 8);
-        Ok(())
     }))
 }
 
@@ -81,34 +42,6 @@ fn inotify(room: &Room) -> Result<Check, Fault> {
         std::fs::write(dir.join(count.to_string()), "").map_err(|error| error.to_string())?;
         let mut bytes = [0u8; 400];
         ensure!(sys!(read(watch, bytes.as_mut_ptr().cast(), 400))? > 0, "no event");
-        Ok(())
-    }))
-}
-
-fn signalfd(_: &Room) -> Result<Check, Fault> {
-    let set = 1u64 << (libc::SIGUSR1 - 1);
-    raw!(SYS_rt_sigprocmask, libc::SIG_BLOCK, &set, std::ptr::null::<u64>(), 8)?;
-    let descriptor = raw!(SYS_signalfd4, -1, &set, 8, libc::SFD_NONBLOCK)? as i32;
-    Ok(Box::new(move || {
-        sys!(raise(libc::SIGUSR1))?;
-        let mut bytes = [0u8; 128];
-        same!("bytes of the signal", sys!(read(descriptor, bytes.as_mut_ptr().cast(), 128))?, 128);
-        ensure!(sys!(read(descriptor, bytes.as_mut_ptr().cast(), 128)).is_err(), "the signal came twice");
-        Ok(())
-    }))
-}
-
-fn timerfd(_: &Room) -> Result<Check, Fault> {
-    let descriptor = sys!(timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_NONBLOCK))? as i32;
-    let tick = timespec(Duration::from_millis(20));
-    let set = libc::itimerspec { it_interval: tick, it_value: tick };
-    sys!(timerfd_settime(descriptor, 0, &set, std::ptr::null_mut()))?;
-    Ok(Box::new(move || {
-        let mut count = 0u64;
-        let mut poll = libc::pollfd { fd: descriptor, events: libc::POLLIN, revents: 0 };
-        same!("the timer fires", sys!(poll(&mut poll, 1, 5000))?, 1);
-        sys!(read(descriptor, (&raw mut count).cast(), 8))?;
-        ensure!(count > 0, "the timer has not expired");
         Ok(())
     }))
 }
@@ -178,11 +111,11 @@ fn system_v_memory(_: &Room) -> Result<Check, Fault> {
 /// Three kinds at once, one of them in a child.
 fn several_unsupported(room: &Room) -> Result<Check, Fault> {
     let child = room.child("child", inotify)?;
-    let (mut timer, mut signal) = (timerfd(room)?, signalfd(room)?);
+    let (mut file, mut process) = (memfd(room)?, pidfd(room)?);
     Ok(Box::new(move || {
         child.ask()?;
-        timer()?;
-        signal()
+        file()?;
+        process()
     }))
 }
 
@@ -194,13 +127,8 @@ const fn row(name: &'static str, setup: fn(&Room) -> Result<Check, Fault>) -> Wo
 /// The workloads of this file.
 pub const WORKLOADS: &[Workload] = &[
     row("tcp_connected", tcp_connected),
-    row("unix_connected", unix_connected),
-    row("unix_datagram", unix_datagram),
-    row("udp", udp),
     row("terminal", terminal),
     row("inotify", inotify),
-    row("signalfd", signalfd),
-    row("timerfd", timerfd),
     row("memfd", memfd),
     row("pidfd", pidfd),
     row("io_uring", io_uring),

@@ -1,4 +1,4 @@
-//! Listening sockets without connections (socket(7), tcp(7), ip(7), unix(7)).
+//! Sockets without connections to elsewhere: listening ones, local pairs, UDP (socket(7), tcp(7), ip(7), unix(7)).
 
 use crate::room::{Check, Room};
 use crate::sys::{Fault, Verdict, ensure, same, sys, zeroed};
@@ -187,6 +187,47 @@ pub fn unix_listener_options(room: &Room) -> Result<Check, Fault> {
         same!("options", told()?, before);
         let file = std::fs::metadata(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         same!("mode and owner of the socket file", (file.mode() & 0o777, file.uid(), file.gid()), (0o640, 5, 6));
+        Ok(())
+    }))
+}
+
+/// Four bytes through a connection, one way.
+pub fn ping(mut one: impl Write, mut other: impl Read) -> Verdict {
+    one.write_all(b"ping").map_err(|error| error.to_string())?;
+    let mut bytes = [0u8; 4];
+    other.read_exact(&mut bytes).map_err(|error| error.to_string())?;
+    same!("what came through", bytes, *b"ping");
+    Ok(())
+}
+
+/// A connected pair of stream sockets.
+pub fn unix_connected(_: &Room) -> Result<Check, Fault> {
+    let (one, other) = UnixStream::pair().map_err(|error| error.to_string())?;
+    Ok(Box::new(move || {
+        ping(&one, &other)?;
+        ping(&other, &one)
+    }))
+}
+
+/// A connected pair of datagram sockets.
+pub fn unix_datagram(_: &Room) -> Result<Check, Fault> {
+    let (one, other) = std::os::unix::net::UnixDatagram::pair().map_err(|error| error.to_string())?;
+    Ok(Box::new(move || {
+        one.send(b"datagram").map_err(|error| error.to_string())?;
+        let mut bytes = [0u8; 20];
+        same!("length of the datagram", other.recv(&mut bytes).map_err(|error| error.to_string())?, 8);
+        Ok(())
+    }))
+}
+
+/// A UDP socket that talks to itself.
+pub fn udp(_: &Room) -> Result<Check, Fault> {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").map_err(|error| error.to_string())?;
+    let address = socket.local_addr().map_err(|error| error.to_string())?;
+    Ok(Box::new(move || {
+        socket.send_to(b"datagram", address).map_err(|error| error.to_string())?;
+        let mut bytes = [0u8; 20];
+        same!("length of the datagram", socket.recv(&mut bytes).map_err(|error| error.to_string())?, 8);
         Ok(())
     }))
 }
