@@ -20,17 +20,18 @@ mod space;
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 pub use error::{Obstacle, RestoreError};
 
 use crate::agent::{Area, NODE};
 use crate::files::Inherited;
 use crate::images::ImageSet;
+use crate::namespaces::{self, RestoreNamespaceOptions};
 use crate::sys::robust::RobustList;
 use crate::sys::{HostPid, RemoteAddr};
 use attach::Files;
@@ -41,6 +42,24 @@ use shared::SharedObjects;
 
 /// What a caller may do at points of a restore.
 pub type Callback<'a> = Box<dyn FnMut(HostPid) -> Result<(), String> + 'a>;
+
+/// Stages at which a caller may act, as CRIU's action scripts name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The root is in its namespaces, which are empty.
+    SetupNamespaces,
+    /// They have their content.
+    PostSetupNamespaces,
+    /// All tasks are complete and none runs. The last stage whose failure undoes the restore.
+    PostRestore,
+    /// As before.
+    PreResume,
+    /// All tasks run.
+    PostResume,
+}
+
+/// Told of stages, with the root.
+pub type Notify<'a> = Box<dyn FnMut(Stage, HostPid) -> Result<(), String> + 'a>;
 
 /// How to restore.
 #[derive(Default)]
@@ -55,8 +74,10 @@ pub struct RestoreOptions<'a> {
     pub cgroup: Option<BorrowedFd<'a>>,
     /// Called with the root as soon as it exists and before any other task does: to place it in cgroups.
     pub first_task: Option<Callback<'a>>,
-    /// `CLONE_NEW*` flags of the root.
-    pub clone_flags: u64,
+    /// Where namespaces are to be.
+    pub namespaces: RestoreNamespaceOptions,
+    /// Called at the stages that scripts know.
+    pub notify: Option<Notify<'a>>,
     /// Descriptors that stand for objects outside the tree.
     pub inherited: Inherited,
 }
@@ -85,6 +106,8 @@ pub enum RestorePhase {
     Plan,
     /// The first task and the memory that its tree shares. From here on, failure ends what was made.
     FirstTask,
+    /// What is in the root's namespaces, mounts before all.
+    Namespaces,
     /// All tasks, with memory, parents, sessions and groups.
     Tree,
     /// The tasks that had exited exit again, helpers go.
@@ -114,6 +137,7 @@ struct Restore<'a> {
     /// The root's pid namespace, if it is not ferry's.
     pid_namespace: Option<File>,
     files: Files,
+    namespaces: namespaces::RestorePlan,
     /// Tasks that a pending SIGSTOP stops.
     stops: HashSet<usize>,
 }
@@ -125,16 +149,13 @@ struct Restore<'a> {
 pub fn restore(images: &ImageSet, mut options: RestoreOptions<'_>) -> Result<Restored, RestoreError> {
     let mut clock = Clock { phases: Vec::new() };
     let checkpoint = clock.phase(RestorePhase::Open, || Checkpoint::read(images))?;
-    let circumstances = Circumstances {
-        shell_job: options.shell_job,
-        pid_namespace: options.clone_flags & libc::CLONE_NEWPID as u64 != 0,
-    };
-    let inherited = std::mem::take(&mut options.inherited);
-    let (plan, files, shared) =
-        clock.phase(RestorePhase::Plan, || decide(images, &checkpoint, &circumstances, inherited))?;
-    let mut restore = Restore::new(images, options, &checkpoint, &plan, files, shared)?;
+    let decisions = clock.phase(RestorePhase::Plan, || Decisions::make(images, &checkpoint, &mut options))?;
+    let mut restore = Restore::new(images, options, &checkpoint, &decisions.plan, decisions.parts)?;
     restore.run(&mut clock)?;
     let pid = restore.live.task(0).host;
+    if let Err(error) = restore.notify(Stage::PostResume) {
+        tracing::warn!(%error, "the tree runs, but an action after that failed");
+    }
     restore.live.release();
     Ok(Restored {
         pid,
@@ -145,22 +166,47 @@ pub fn restore(images: &ImageSet, mut options: RestoreOptions<'_>) -> Result<Res
     })
 }
 
-/// Decides everything. Nothing is made that others could see: shared memory is ferry's own so far.
-fn decide(
-    images: &ImageSet,
-    checkpoint: &Checkpoint,
-    circumstances: &Circumstances,
-    mut inherited: Inherited,
-) -> Result<(Plan, Files, SharedObjects), RestoreError> {
-    let shared = shared::make_objects(checkpoint, &mut inherited)?;
-    let plan = Plan::new(checkpoint, circumstances)?;
-    let files = Files::plan(images, checkpoint, &plan.tree, inherited)?;
-    let root =
-        rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
-            RestoreError::Own { step: "open the root directory", errno: Errno::from_raw(errno.raw_os_error()) }
-        })?;
-    files.check(root.as_fd())?;
-    Ok((plan, files, shared))
+/// What the rooms have decided.
+struct Decisions {
+    plan: Plan,
+    parts: Parts,
+}
+
+/// What the rooms work with.
+struct Parts {
+    namespaces: namespaces::RestorePlan,
+    files: Files,
+    shared: SharedObjects,
+}
+
+impl Decisions {
+    /// Decides everything. Nothing is made that others could see: shared memory is ferry's own so far.
+    fn make(
+        images: &ImageSet,
+        checkpoint: &Checkpoint,
+        options: &mut RestoreOptions<'_>,
+    ) -> Result<Self, RestoreError> {
+        let namespaces = namespaces::RestorePlan::new(images, std::mem::take(&mut options.namespaces))?;
+        if !namespaces.obstacles().is_empty() {
+            let root = &checkpoint.tasks[0];
+            let obstacle = |found: &namespaces::NamespaceObstacle| Obstacle {
+                pid: root.pid,
+                comm: root.comm.clone(),
+                problem: found.to_string(),
+            };
+            return Err(RestoreError::Obstacles(namespaces.obstacles().iter().map(obstacle).collect()));
+        }
+        let circumstances =
+            Circumstances { shell_job: options.shell_job, pid_namespace: namespaces.has_pid_namespace() };
+        let mut inherited = std::mem::take(&mut options.inherited);
+        let shared = shared::make_objects(checkpoint, &mut inherited)?;
+        let plan = Plan::new(checkpoint, &circumstances)?;
+        let files = Files::plan(images, checkpoint, &plan.tree, inherited)?;
+        if !namespaces.has_mount_namespace() {
+            files.check("/")?;
+        }
+        Ok(Self { plan, parts: Parts { namespaces, files, shared } })
+    }
 }
 
 impl<'a> Restore<'a> {
@@ -169,8 +215,7 @@ impl<'a> Restore<'a> {
         options: RestoreOptions<'a>,
         checkpoint: &'a Checkpoint,
         plan: &'a Plan,
-        files: Files,
-        shared: SharedObjects,
+        parts: Parts,
     ) -> Result<Self, RestoreError> {
         let failed = |step| move |errno| RestoreError::Own { step, errno };
         let length = plan.area.end - plan.area.start;
@@ -190,9 +235,10 @@ impl<'a> Restore<'a> {
             checkpoint,
             plan,
             live: LiveTree::new(list, area, count),
-            shared,
+            shared: parts.shared,
             pid_namespace: None,
-            files,
+            files: parts.files,
+            namespaces: parts.namespaces,
             stops: HashSet::new(),
         })
     }
@@ -200,6 +246,7 @@ impl<'a> Restore<'a> {
     /// All phases but the first two.
     fn run(&mut self, clock: &mut Clock) -> Result<(), RestoreError> {
         clock.phase(RestorePhase::FirstTask, || self.first_task())?;
+        clock.phase(RestorePhase::Namespaces, || self.fill_namespaces())?;
         clock.phase(RestorePhase::Tree, || self.tree())?;
         clock.phase(RestorePhase::Exits, || self.end_the_dead())?;
         clock.phase(RestorePhase::Attach, || self.attach())?;
@@ -207,18 +254,50 @@ impl<'a> Restore<'a> {
         clock.phase(RestorePhase::Seize, || self.seize())?;
         clock.phase(RestorePhase::Identity, || self.restore_identity())?;
         clock.phase(RestorePhase::Registers, || self.set_registers())?;
-        self.files.finish()?;
-        clock.phase(RestorePhase::Go, || self.go())
+        clock.phase(RestorePhase::Go, || self.resume())
     }
 
     fn first_task(&mut self) -> Result<(), RestoreError> {
-        self.make_first()?;
-        let root = self.live.task(0).host;
+        self.namespaces.before_clone()?;
+        let made = self.make_first();
+        self.namespaces.after_clone()?;
+        let root = made?;
+        if self.namespaces.has_pid_namespace() {
+            let namespace = File::open(format!("/proc/{root}/ns/pid"));
+            self.pid_namespace = Some(namespace.map_err(|error| RestoreError::Own {
+                step: "open the root's pid namespace",
+                errno: Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
+            })?);
+        }
         if let Some(callback) = &mut self.options.first_task {
             callback(root).map_err(|problem| RestoreError::Caller { what: "placing the first task", problem })?;
         }
-        self.fill_shared()?;
+        self.first_steps()?;
+        self.fill_shared()
+    }
+
+    fn fill_namespaces(&mut self) -> Result<(), RestoreError> {
+        let root = self.live.task(0).host;
+        self.notify(Stage::SetupNamespaces)?;
+        self.namespaces.restore(&self.live.task(0).runner, root)?;
+        self.notify(Stage::PostSetupNamespaces)?;
+        if self.namespaces.has_mount_namespace() {
+            self.files.check(&format!("/proc/{root}/root"))?;
+        }
         self.files.prepare(&self.live)
+    }
+
+    fn notify(&mut self, stage: Stage) -> Result<(), RestoreError> {
+        let root = self.live.task(0).host;
+        let Some(notify) = &mut self.options.notify else { return Ok(()) };
+        notify(stage, root).map_err(|problem| RestoreError::Caller { what: "an action of the caller", problem })
+    }
+
+    fn resume(&mut self) -> Result<(), RestoreError> {
+        self.files.finish()?;
+        self.notify(Stage::PostRestore)?;
+        self.notify(Stage::PreResume)?;
+        self.go()
     }
 
     fn tree(&mut self) -> Result<(), RestoreError> {

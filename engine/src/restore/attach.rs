@@ -4,6 +4,10 @@
 //! their births, and what it hands over to all of them: memory that is a nameless file.
 
 use std::collections::HashMap;
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use rustix::fs::{Mode, OFlags};
 
 use super::Restore;
 use super::birth::{Maker, TreePlan};
@@ -49,12 +53,18 @@ impl Files {
         Ok(Self { plan: RestorePlan::new(&mut read, tasks, inherited)?, places })
     }
 
-    /// Looks for files that are missing or changed.
+    /// Looks for files that are missing or changed below `root`.
     ///
     /// # Errors
     /// [`RestoreError::Obstacles`].
-    pub fn check(&self, root: std::os::fd::BorrowedFd<'_>) -> Result<(), RestoreError> {
-        let found = self.plan.check(root, &|_| true);
+    pub fn check(&self, root: &str) -> Result<(), RestoreError> {
+        let root = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(
+            |errno| RestoreError::Own {
+                step: "open the tree's root directory",
+                errno: Errno::from_raw(errno.raw_os_error()),
+            },
+        )?;
+        let found = self.plan.check(root.as_fd(), &|_| true);
         if found.is_empty() {
             return Ok(());
         }

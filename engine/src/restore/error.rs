@@ -6,6 +6,7 @@ use crate::agent::AgentError;
 use crate::files::RestoreFilesError;
 use crate::images::SourceError;
 use crate::memory::fill::FillError;
+use crate::namespaces::{PlanNamespacesError, RestoreNamespacesError};
 use crate::sys::{HostPid, NsPid};
 use crate::task::TaskError;
 
@@ -44,6 +45,12 @@ pub enum RestoreError {
     /// Descriptors or files.
     #[error(transparent)]
     Files(#[from] RestoreFilesError),
+    /// Images of namespaces.
+    #[error(transparent)]
+    NamespaceImages(#[from] PlanNamespacesError),
+    /// Namespaces or what is in them.
+    #[error(transparent)]
+    Namespaces(#[from] RestoreNamespacesError),
     /// ptrace(2) refused.
     #[error("pid {pid}: cannot {step}: {errno}")]
     Trace { pid: HostPid, step: &'static str, errno: Errno },

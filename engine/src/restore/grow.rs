@@ -23,13 +23,13 @@ const RSEQ_UNREGISTER: u64 = 1;
 const ALL_SIGNALS: [u8; 8] = [0xff; 8];
 
 impl Restore<'_> {
-    /// Clones the root from ferry and takes out of it what the C library left there.
-    pub(super) fn make_first(&mut self) -> Result<(), RestoreError> {
+    /// Clones the root from ferry.
+    pub(super) fn make_first(&mut self) -> Result<HostPid, RestoreError> {
         let root = &self.checkpoint.tasks[0];
         let slot = self.slot(LEADER_SLOT)?;
         let pid = [root.pid.0];
         let task = FirstTask {
-            flags: self.options.clone_flags | if self.options.sibling { libc::CLONE_PARENT as u64 } else { 0 },
+            flags: self.namespaces.clone_flags() | if self.options.sibling { libc::CLONE_PARENT as u64 } else { 0 },
             set_tid: &pid,
             cgroup: self.options.cgroup.map(|cgroup| cgroup.as_raw_fd()),
         };
@@ -50,10 +50,12 @@ impl Restore<'_> {
                 ended: false,
             },
         );
-        self.first_steps(host)
+        Ok(host)
     }
 
-    fn first_steps(&mut self, host: HostPid) -> Result<(), RestoreError> {
+    /// Takes out of the root what the C library left there.
+    pub(super) fn first_steps(&mut self) -> Result<(), RestoreError> {
+        let host = self.live.task(0).host;
         let failed = |step| move |errno| RestoreError::Trace { pid: host, step, errno };
         // The kernel writes into a registered `struct rseq` whenever the thread was interrupted, and ends the thread if
         // that is not mapped. Where the C library has it and how long it is, only the kernel tells for sure.
