@@ -7,6 +7,7 @@
 //! | `kind` | the kinds of namespaces and how images number them |
 //! | `mountinfo` | [`MountTable`]: the mounts that a process sees |
 //! | `mounts/`, `net/`, `ipc`, `uts`, `time` | one kind each, both halves |
+//! | `external` | what lies outside, as command lines name it |
 //! | `enter` | a thread that looks at a namespace from inside |
 //!
 //! A tree may live in ferry's own namespace of a kind, which is then neither saved nor made, or all of it in one other,
@@ -14,6 +15,7 @@
 
 mod collect;
 mod enter;
+mod external;
 mod ipc;
 mod kind;
 mod mountinfo;

@@ -215,7 +215,7 @@ impl RestorePlan {
             (Kind::Ip6tables, "ip6tables rules"),
             (Kind::Nftables, "nftables rules"),
         ] {
-            if !raw(kind)?.is_empty() {
+            if !net::is_only_lock(&String::from_utf8_lossy(&raw(kind)?)) {
                 self.obstacle(what, "packet filters cannot be restored yet");
             }
         }

@@ -40,6 +40,15 @@ fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
     }
     dump.files.file_locks = options.file_locks;
     dump.files.outside_stdio = options.shell_job;
-    dump.files.external = options.external.iter().cloned().collect();
+    dump.namespaces.empty_net = options.empty_ns.iter().any(|kind| kind == "net");
+    let by_map = options.ext_mount_map.iter().map(|map| match map.split_once(':') {
+        Some((point, key)) => format!("mnt[{point}]:{key}"),
+        None => format!("mnt[{map}]"),
+    });
+    for external in options.external.iter().cloned().chain(by_map) {
+        if !dump.namespaces.add_external(&external).map_err(Failure::new)? {
+            dump.files.external.insert(external);
+        }
+    }
     Ok(dump)
 }

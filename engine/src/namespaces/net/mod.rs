@@ -206,6 +206,24 @@ fn restore_loopback(socket: &mut Netlink, link: &NetDeviceEntry) -> io::Result<(
     settings::restore_link(Family::Ipv6, &link.name, &link.conf6)
 }
 
+/// Whether packet filters, as `nft list ruleset` writes them, are only those by which CRIU locks a network while it dumps: it
+/// saves them with the rest, and takes them away when it has restored.
+pub(super) fn is_only_lock(rules: &str) -> bool {
+    let known = |line: &str| {
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        match words[..] {
+            [] | ["}"] | ["table", "ip" | "ip6", "filter", "{"] => true,
+            ["chain", "CRIU" | "INPUT" | "OUTPUT", "{"] => true,
+            ["type", "filter", "hook", "input" | "output", "priority", .., "policy", "accept;"] => true,
+            ["meta", "mark", "0x0000c114", "counter", .., "accept"] => true,
+            ["counter", "packets", _, "bytes", _, "drop"] => true,
+            ["counter", "packets", _, "bytes", _, "jump", "CRIU"] => true,
+            _ => false,
+        }
+    };
+    rules.lines().all(known)
+}
+
 /// Why a restore cannot make the links that the images hold, if so.
 pub(super) fn obstacles(net: &Net) -> Vec<(String, String)> {
     let other =
@@ -241,6 +259,16 @@ mod tests {
         assert_eq!(obstacles(&Net { addresses: addresses.clone(), ..Net::default() }), []);
         addresses.extend([200, 0, 0, 0, 20, 0]);
         assert_eq!(obstacles(&Net { addresses, ..Net::default() }).len(), 1);
+    }
+
+    #[test]
+    fn the_lock_of_criu_is_no_packet_filter() {
+        let lock = "table ip filter {\n\tchain CRIU {\n\t\tmeta mark 0x0000c114 counter packets 0 bytes 0 accept\n\t\tcounter \
+                    packets 3 bytes 5 drop\n\t}\n\n\tchain INPUT {\n\t\ttype filter hook input priority filter; policy \
+                    accept;\n\t\tcounter packets 0 bytes 0 jump CRIU\n\t}\n}\n";
+        assert!(is_only_lock(lock) && is_only_lock(""));
+        assert!(!is_only_lock(&lock.replace("jump CRIU", "accept")));
+        assert!(!is_only_lock("table ip nat {\n}\n"));
     }
 
     #[test]
