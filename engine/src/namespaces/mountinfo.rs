@@ -6,6 +6,7 @@
 //!   not reach are left out; a bind mount of a file that was unlinked since has a root that ends in `//deleted`;
 //! - `/proc/PID/fd/N` read from another mount namespace shows the path from the root of that other namespace.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -124,7 +125,7 @@ impl MountTable {
         Self { mounts, by_id, own }
     }
 
-    /// All mounts, in the kernel's order: each after its parent, unless it was moved.
+    /// All mounts, in the kernel's order, which says nothing of what lies on what.
     pub fn mounts(&self) -> &[Mount] {
         &self.mounts
     }
@@ -153,12 +154,37 @@ impl MountTable {
         path.is_absolute().then(|| ImagePath { mnt_id: (!self.own).then_some(id), path: path.to_owned() })
     }
 
-    /// The file system whose directory or file `path` is, by the longest mount point; of several mounted over one another
-    /// at the same point, the last.
+    /// The mount that `path` leads to: the one with the longest mount point, and of several over one another the topmost.
     pub fn lookup(&self, path: &Path) -> Option<&Mount> {
-        let candidates = self.mounts.iter().filter(|mount| path.starts_with(&mount.point));
-        // `max_by_key` takes the last of equals, which lies on top.
-        candidates.max_by_key(|mount| mount.point.as_os_str().len())
+        let mut found: Option<&Mount> = None;
+        for mount in self.mounts.iter().filter(|mount| path.starts_with(&mount.point)) {
+            let better =
+                found.is_none_or(|found| match mount.point.as_os_str().len().cmp(&found.point.as_os_str().len()) {
+                    Ordering::Greater => true,
+                    Ordering::Equal => self.lies_on(mount, found.id),
+                    Ordering::Less => false,
+                });
+            if better {
+                found = Some(mount);
+            }
+        }
+        found
+    }
+
+    /// Whether `mount` lies on mount `id`, or on one that does, and so on.
+    fn lies_on(&self, mount: &Mount, id: i32) -> bool {
+        let mut parent = mount.parent;
+        // No chain is longer than the table, whatever it says.
+        for _ in 0..self.mounts.len() {
+            if parent == id {
+                return true;
+            }
+            match self.get(parent) {
+                Some(next) if next.parent != parent => parent = next.parent,
+                _ => return false,
+            }
+        }
+        false
     }
 }
 
@@ -308,6 +334,15 @@ mod tests {
         let table = MountTable::parse(TEXT).expect("parses");
         let id = |path: &str| table.lookup(Path::new(path)).map(|mount| mount.id);
         assert_eq!((id("/a b\\/c/d"), id("/a b\\/cc"), id("/a b"), id("x")), (Some(102), Some(101), Some(100), None));
+    }
+
+    #[test]
+    fn of_mounts_over_one_another_the_topmost_is_seen() {
+        let text = b"7 9 0:1 / /a rw - tmpfs x rw\n8 7 0:2 / /a rw - tmpfs x rw\n9 1 0:3 / / rw - ext4 x rw\n";
+        let table = MountTable::parse(text).expect("parses");
+        assert_eq!(table.lookup(Path::new("/a/b")).map(|mount| mount.id), Some(8));
+        let reversed: Vec<Mount> = table.mounts.iter().rev().cloned().collect();
+        assert_eq!(MountTable::new(reversed, false).lookup(Path::new("/a")).map(|mount| mount.id), Some(8));
     }
 
     #[test]

@@ -211,15 +211,16 @@ fn restore_loopback(socket: &mut Netlink, link: &NetDeviceEntry) -> io::Result<(
 pub(super) fn is_only_lock(rules: &str) -> bool {
     let known = |line: &str| {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
-        match words[..] {
-            [] | ["}"] | ["table", "ip" | "ip6", "filter", "{"] => true,
-            ["chain", "CRIU" | "INPUT" | "OUTPUT", "{"] => true,
-            ["type", "filter", "hook", "input" | "output", "priority", .., "policy", "accept;"] => true,
-            ["meta", "mark", "0x0000c114", "counter", .., "accept"] => true,
-            ["counter", "packets", _, "bytes", _, "drop"] => true,
-            ["counter", "packets", _, "bytes", _, "jump", "CRIU"] => true,
-            _ => false,
-        }
+        matches!(
+            words[..],
+            [] | ["}"]
+                | ["table", "ip" | "ip6", "filter", "{"]
+                | ["chain", "CRIU" | "INPUT" | "OUTPUT", "{"]
+                | ["type", "filter", "hook", "input" | "output", "priority", .., "policy", "accept;"]
+                | ["meta", "mark", "0x0000c114", "counter", .., "accept"]
+                | ["counter", "packets", _, "bytes", _, "drop"]
+                | ["counter", "packets", _, "bytes", _, "jump", "CRIU"]
+        )
     };
     rules.lines().all(known)
 }
