@@ -30,10 +30,11 @@ pub use error::{Obstacle, RestoreError};
 
 use crate::agent::{Area, NODE};
 use crate::files::Inherited;
-use crate::images::ImageSet;
+use crate::images::stats::{RestoreStatsEntry, StatsEntry};
+use crate::images::{ImageSet, Kind, encode};
 use crate::namespaces::{self, RestoreNamespaceOptions};
 use crate::sys::robust::RobustList;
-use crate::sys::{HostPid, RemoteAddr};
+use crate::sys::{HostPid, PAGE_SIZE, RemoteAddr};
 use attach::Files;
 use checkpoint::{Checkpoint, MemoryImages};
 use live::LiveTree;
@@ -93,8 +94,36 @@ pub struct Restored {
     pub threads: usize,
     /// Bytes of memory content in the images.
     pub bytes: u64,
+    /// Pages that a task and the one that made it both have.
+    pub pages_compared: u64,
+    /// Those of them that are equal, and were left shared.
+    pub pages_shared: u64,
     /// How long each phase took.
     pub phases: Vec<(RestorePhase, Duration)>,
+}
+
+impl Restored {
+    /// How long it took until all ran.
+    pub fn duration(&self) -> Duration {
+        self.phases.iter().map(|(_, duration)| *duration).sum()
+    }
+
+    /// The content of `stats-restore`.
+    pub fn stats_image(&self) -> Vec<u8> {
+        let micros = |duration: Duration| u32::try_from(duration.as_micros()).unwrap_or(u32::MAX);
+        let tree = self.phases.iter().filter(|(phase, _)| *phase == RestorePhase::Tree).map(|(_, took)| *took).sum();
+        let stats = StatsEntry {
+            dump: None,
+            restore: Some(RestoreStatsEntry {
+                pages_compared: self.pages_compared,
+                pages_skipped_cow: self.pages_shared,
+                forking_time: micros(tree),
+                restore_time: micros(self.duration()),
+                pages_restored: Some(self.bytes / PAGE_SIZE - self.pages_shared),
+            }),
+        };
+        encode(Kind::StatsRestore, &[stats])
+    }
 }
 
 /// The phases, in order.
@@ -140,6 +169,8 @@ struct Restore<'a> {
     namespaces: namespaces::RestorePlan,
     /// Tasks that a pending SIGSTOP stops.
     stops: HashSet<usize>,
+    pages_compared: u64,
+    pages_shared: u64,
 }
 
 /// Restores the tree of `images`.
@@ -156,12 +187,15 @@ pub fn restore(images: &ImageSet, mut options: RestoreOptions<'_>) -> Result<Res
     if let Err(error) = restore.notify(Stage::PostResume) {
         tracing::warn!(%error, "the tree runs, but an action after that failed");
     }
+    let (pages_compared, pages_shared) = (restore.pages_compared, restore.pages_shared);
     restore.live.release();
     Ok(Restored {
         pid,
         processes: checkpoint.tasks.len(),
         threads: checkpoint.thread_count(),
         bytes: checkpoint.bytes(),
+        pages_compared,
+        pages_shared,
         phases: clock.phases,
     })
 }
@@ -240,6 +274,8 @@ impl<'a> Restore<'a> {
             files: parts.files,
             namespaces: parts.namespaces,
             stops: HashSet::new(),
+            pages_compared: 0,
+            pages_shared: 0,
         })
     }
 

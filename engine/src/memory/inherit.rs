@@ -64,6 +64,10 @@ pub struct Changes {
     pub writes: Vec<PageWrite>,
     /// Protections that are put right afterwards.
     pub protect: Vec<(Range<u64>, u32)>,
+    /// Pages that the parent has too.
+    pub compared: u64,
+    /// Those of them that are written nevertheless, because they differ.
+    pub different: u64,
 }
 
 /// A part of a mapping, and how it is mapped when its pages have been written.
@@ -130,6 +134,7 @@ impl Changes {
         let length = (range.end - range.start) as usize;
         let our_bytes = &ours.0[ours.1 as usize..ours.1 as usize + length];
         let their_bytes = &theirs.0[theirs.1 as usize..theirs.1 as usize + length];
+        self.compared += length as u64 / PAGE_SIZE;
         if our_bytes == their_bytes {
             return;
         }
@@ -137,6 +142,7 @@ impl Changes {
         for (index, (our, their)) in our_bytes.chunks(page).zip(their_bytes.chunks(page)).enumerate() {
             if our != their {
                 let skip = index as u64 * PAGE_SIZE;
+                self.different += 1;
                 self.write(range.start + skip, ours.1 + skip, PAGE_SIZE);
             }
         }
@@ -340,6 +346,7 @@ mod tests {
         assert_eq!(changes.keep, [PAGE..6 * PAGE]);
         assert_eq!(changes.fresh, []);
         assert_eq!(pages_of(&changes.writes), [3, 4]);
+        assert_eq!((changes.compared, changes.different), (2, 1));
         assert_eq!(changes.drop, [PAGE..2 * PAGE], "page 6 goes with its mapping");
         assert_eq!(changes.unprotect, [PAGE..6 * PAGE]);
         assert_eq!(changes.protect, [(PAGE..6 * PAGE, READ)]);

@@ -65,6 +65,8 @@ impl Restore<'_> {
             let task = self.live.task_mut(job.place);
             task.space = Some(job.place);
             task.vdso_at = vdso_at;
+            self.pages_compared += job.changes.compared;
+            self.pages_shared += job.changes.compared - job.changes.different;
         }
         Ok(())
     }

@@ -18,6 +18,7 @@ use options::Options;
 const CRIU_VERSION: &str = "4.2";
 
 /// A failed command: the sentence to print.
+#[derive(Debug)]
 pub(crate) struct Failure(String);
 
 impl Failure {
