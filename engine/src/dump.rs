@@ -236,8 +236,9 @@ fn end(tree: &StoppedTree) -> Result<(), DumpError> {
             Err(errno) => return Err(DumpError::Kill { pid: process.pid, errno }),
         }
     }
-    // Threads first: a leader can be waited for only when its other threads are gone.
-    for process in &tree.processes {
+    // A leader can be waited for only when its other threads are gone, and the first process of a pid namespace only when
+    // all others are.
+    for process in tree.processes.iter().rev() {
         for thread in process.threads.iter().rev() {
             while let Ok(status) = waitpid(Pid::from_raw(thread.tid.0), Some(WaitPidFlag::__WALL)) {
                 use nix::sys::wait::WaitStatus::{Exited, Signaled};

@@ -1,7 +1,9 @@
 //! `ferry checkpoint`: saves a running container, of ferry or of runc, and ends it.
 //!
-//! The order: flags, container, its status, then `dump`, and last the removal of the container unless it goes on.
+//! The order: flags, container, its status, then the dump (`save`), and last the removal of the container unless it goes on.
 //! On failure the container runs on as it was found: nothing here changes it before the dump has succeeded.
+
+mod save;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -16,6 +18,8 @@ use crate::failure::{Failure, Outcome};
 use crate::lifecycle::{IdArgs, delete, print};
 use crate::logs;
 use crate::state::{Container, Owner, Status, runc};
+
+pub use save::DESCRIPTORS;
 
 /// The archive's name in the bundle, where `restore` looks for it.
 pub const ARCHIVE_NAME: &str = "checkpoint.tar";
@@ -140,7 +144,6 @@ pub enum Destination {
 
 /// One dump, decided on.
 #[derive(Debug)]
-#[allow(dead_code, reason = "for the engine call")]
 pub struct Plan<'a> {
     /// The container, running or paused.
     pub container: &'a Container,
@@ -180,7 +183,7 @@ pub fn run(global: &Global, args: &CheckpointArgs) -> Outcome {
     let spec = container.spec()?;
     let destination = destination(args, &container.bundle);
     let plan = Plan { container: &container, spec: &spec, destination, work: args.work_path.clone(), args };
-    let summary = dump(&plan)?;
+    let summary = save::dump_container(&plan)?;
     if !args.leave_running
         && let Err(left) = remove(&container)
     {
@@ -189,11 +192,6 @@ pub fn run(global: &Global, args: &CheckpointArgs) -> Outcome {
     }
     tell(&plan, &summary)?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Runs the engine.
-fn dump(plan: &Plan) -> Result<Summary, Failure> {
-    Err(Failure::new(format!("checkpoint of container {} is not built yet", plan.container.id)))
 }
 
 /// Flags given whose part of the engine comes later.

@@ -4,6 +4,8 @@
 //! runtime (`cli`), if it was built with the `oci` feature.
 
 #[cfg(feature = "oci")]
+mod archive;
+#[cfg(feature = "oci")]
 mod cgroups;
 #[cfg(feature = "oci")]
 mod checkpoint;
@@ -12,6 +14,8 @@ mod cli;
 #[cfg(feature = "oci")]
 mod console;
 mod criu;
+#[cfg(feature = "oci")]
+mod externals;
 #[cfg(feature = "oci")]
 mod failure;
 #[cfg(feature = "oci")]

@@ -1,7 +1,9 @@
 //! `ferry restore`: brings a container back from an archive or a folder of images.
 //!
-//! The order: flags, bundle, source; then the name and the cgroup with its limits; `restore_tree`; and the state
+//! The order: flags, bundle, source; then the name and the cgroup with its limits; the tree (`load`); and the state
 //! that makes every other command work on the container. On failure neither process, cgroup nor state is left.
+
+mod load;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -121,7 +123,6 @@ pub enum Source {
 }
 
 /// One restore, decided on.
-#[allow(dead_code, reason = "for the engine call")]
 pub struct Plan<'a> {
     /// The container to be: its name, state directory and cgroup exist.
     pub new: &'a NewContainer,
@@ -133,8 +134,6 @@ pub struct Plan<'a> {
     pub work: Option<PathBuf>,
     /// The bundle's hooks; `prestart` and `createRuntime` run before anything of the container does.
     pub hooks: Hooks,
-    /// Where a terminal's master side goes.
-    pub console: &'a Console,
     /// What was asked for.
     pub args: &'a RestoreArgs,
 }
@@ -148,7 +147,7 @@ pub fn run(global: &Global, args: &RestoreArgs) -> Outcome {
     if !args.detach && !args.no_subreaper {
         foreground::become_subreaper();
     }
-    let container = bring_back(global, args, &bundle, source, &console)?;
+    let container = bring_back(global, args, &bundle, source)?;
     let told = tell(args, &container);
     let status = told.and_then(|()| stay(args, &container, console));
     let status = status.map_err(|failure| match delete::destroy(&container) {
@@ -162,26 +161,15 @@ pub fn run(global: &Global, args: &RestoreArgs) -> Outcome {
 }
 
 /// Makes the name and the cgroup, the tree, and the state of the container that runs.
-fn bring_back(
-    global: &Global,
-    args: &RestoreArgs,
-    bundle: &Bundle,
-    source: Source,
-    console: &Console,
-) -> Result<Container, Failure> {
+fn bring_back(global: &Global, args: &RestoreArgs, bundle: &Bundle, source: Source) -> Result<Container, Failure> {
     let cgroup = ContainerCgroup::of_spec(&bundle.spec, &args.id.id, global.systemd_cgroup)?;
     let spec = bundle.spec_with_cgroup(&cgroup);
     let hooks = hooks_of(&spec, &bundle.directory)?;
     let new = NewContainer::claim(&global.root, &args.id.id, &bundle.directory, &spec, cgroup)?;
     new.cgroup().create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
-    let plan = Plan { new: &new, bundle, source, work: args.work_path.clone(), hooks, console, args };
-    let pid = restore_tree(&plan)?;
+    let plan = Plan { new: &new, bundle, source, work: args.work_path.clone(), hooks, args };
+    let pid = load::restore_tree(&plan)?;
     Ok(new.keep(pid, ContainerStatus::Running)?)
-}
-
-/// Runs the engine; the pid of the container's first process.
-fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
-    Err(Failure::new(format!("restore of container {} is not built yet", plan.args.id.id)))
 }
 
 /// Flags given whose part of the engine comes later.

@@ -1,0 +1,184 @@
+//! One checkpoint, from a container and where it goes to the finished images.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump};
+use ferry_engine::images::{ArchiveSink, FolderOptions, FolderSink};
+use ferry_engine::sys::{HostPid, PAGE_SIZE};
+use serde_json::json;
+
+use super::{Compression, Destination, Plan, Summary};
+use crate::archive::{Compressor, Counter, NewFile};
+use crate::externals;
+use crate::failure::Failure;
+
+/// Runs the engine. On failure the container runs on as it was found, and nothing of the images is left.
+pub fn dump_container(plan: &Plan) -> Result<Summary, Failure> {
+    let gone = || Failure::new(format!("container {} has no process", plan.container.id));
+    let pid = plan.container.init.ok_or_else(gone)?.pid;
+    let options = options(plan, pid)?;
+    let (dumped, size) = match &plan.destination {
+        Destination::Folder(folder) => into_folder(plan, pid, &options, folder)?,
+        Destination::Archive(path, method) => {
+            let (new, file) = NewFile::create(path)?;
+            let done = into_archive(plan, pid, &options, file, *method)?;
+            new.finish()?;
+            done
+        }
+        Destination::Stream(method) => into_archive(plan, pid, &options, stdout()?, *method)?,
+    };
+    Ok(Summary { processes: dumped.processes, memory: dumped.pages * PAGE_SIZE, pause: dumped.frozen, size })
+}
+
+fn options(plan: &Plan, pid: i32) -> Result<DumpOptions, Failure> {
+    let container = plan.container;
+    let mut options = DumpOptions {
+        after: if plan.args.leave_running { After::Run } else { After::Kill },
+        shell_job: plan.args.shell_job,
+        freezer: Some(container.cgroup.freezer()?),
+        ..DumpOptions::default()
+    };
+    options.files.file_locks = plan.args.file_locks;
+    options.files.outside_stdio = true;
+    let key = |path: &Path| path.display().to_string();
+    let mut outside = externals::mounts(plan.spec, &container.bundle, &container.rootfs, &container.cgroup);
+    // A masked folder has an empty tmpfs of its own over it, which is saved like any other.
+    let inside = Path::new("/proc").join(pid.to_string()).join("root");
+    outside.retain(|point, source| {
+        source != Path::new("/dev/null") || !inside.join(point.strip_prefix("/").unwrap_or(point)).is_dir()
+    });
+    options.namespaces.external_mounts = outside.into_keys().map(|path| (path.clone(), key(&path))).collect();
+    options.namespaces.empty_net = !plan.args.empty_ns.is_empty();
+    for (kind, path) in externals::namespaces(plan.spec) {
+        let inode = fs::metadata(format!("/proc/{pid}/ns/{}", kind.name()))
+            .map_err(|error| {
+                Failure::from(error).context(format!("cannot look at the container's {} namespace", kind.name()))
+            })?
+            .ino();
+        options.namespaces.external_namespaces.insert((kind, inode), externals::namespace_key(kind).to_owned());
+        tracing::debug!("the {} namespace is {}", kind.name(), path.display());
+    }
+    Ok(options)
+}
+
+fn into_folder(plan: &Plan, pid: i32, options: &DumpOptions, folder: &Path) -> Result<(Dumped, u64), Failure> {
+    let made = !folder.exists();
+    fs::create_dir_all(folder).map_err(cannot_write(folder))?;
+    let stdio = stdio_json(pid);
+    let result = (|| {
+        let mut sink = FolderSink::open(folder, FolderOptions::default())?;
+        let dumped = dump(HostPid(pid), &mut sink, options).map_err(explain)?;
+        let work = plan.work.as_deref().unwrap_or(folder);
+        fs::create_dir_all(work).map_err(cannot_write(work))?;
+        let stats = work.join("stats-dump");
+        fs::write(&stats, dumped.stats_image()).map_err(cannot_write(&stats))?;
+        let descriptors = folder.join(DESCRIPTORS);
+        fs::write(&descriptors, stdio).map_err(cannot_write(&descriptors))?;
+        let size = size_of_images(&dumped);
+        Ok((dumped, size))
+    })();
+    if result.is_err() && made {
+        let _ = fs::remove_dir(folder);
+    }
+    result
+}
+
+fn into_archive(
+    plan: &Plan,
+    pid: i32,
+    options: &DumpOptions,
+    file: File,
+    method: Compression,
+) -> Result<(Dumped, u64), Failure> {
+    let stdio = stdio_json(pid);
+    let seekable = file.metadata().is_ok_and(|metadata| metadata.is_file());
+    if method == Compression::None && seekable {
+        let length = file.try_clone().map_err(Failure::from)?;
+        let mut sink = ArchiveSink::in_file(file)?;
+        let dumped = fill(plan, pid, options, &mut sink, &stdio)?;
+        sink.close()?;
+        let size = length.metadata().map_err(Failure::from)?.len();
+        return Ok((dumped, size));
+    }
+    let counter = Counter::new(file);
+    let bytes = counter.bytes.clone();
+    let mut sink = ArchiveSink::new(Compressor::new(method, counter)?)?;
+    let dumped = fill(plan, pid, options, &mut sink, &stdio)?;
+    sink.close()?.finish().map_err(|error| Failure::from(error).context("cannot write the archive"))?;
+    Ok((dumped, bytes.load(Ordering::Relaxed)))
+}
+
+/// Writes the images and what stands beside them, in one pass.
+fn fill<W: Write + Send>(
+    plan: &Plan,
+    pid: i32,
+    options: &DumpOptions,
+    sink: &mut ArchiveSink<W>,
+    stdio: &[u8],
+) -> Result<Dumped, Failure> {
+    sink.put_member("spec.dump", &serde_json::to_vec_pretty(plan.spec)?)?;
+    let dumped = dump(HostPid(pid), sink, options).map_err(explain)?;
+    sink.put_member("config.dump", &serde_json::to_vec_pretty(&config(plan))?)?;
+    sink.put_member("stats-dump", &dumped.stats_image())?;
+    sink.put_member(DESCRIPTORS, stdio)?;
+    Ok(dumped)
+}
+
+/// One sentence for a failed dump; several refusals are numbered in it.
+fn explain(error: DumpError) -> Failure {
+    let DumpError::Refused { refusals } = error else { return Failure::from(error) };
+    match refusals.0.as_slice() {
+        [one] => Failure::new(format!("the container cannot be checkpointed: {one}")),
+        all => {
+            let listed: Vec<String> =
+                all.iter().zip(1..).map(|(refusal, number)| format!("({number}) {refusal}")).collect();
+            Failure::new(format!(
+                "the container cannot be checkpointed, for {} reasons: {}",
+                all.len(),
+                listed.join("; ")
+            ))
+        }
+    }
+}
+
+/// Who the container is, in the fields that readers of Podman's archives look for.
+fn config(plan: &Plan) -> serde_json::Value {
+    let container = plan.container;
+    json!({
+        "id": container.id,
+        "name": container.id,
+        "rootfsImage": "",
+        "rootfsImageRef": "",
+        "rootfsImageName": container.rootfs.display().to_string(),
+        "runtime": "ferry",
+        "createdTime": container.created,
+        "checkpointedTime": chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Micros, true),
+    })
+}
+
+/// The file that runc keeps beside its images: what the first process's standard descriptors are.
+pub const DESCRIPTORS: &str = "descriptors.json";
+
+fn stdio_json(pid: i32) -> Vec<u8> {
+    let target = |fd: i32| fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap_or_default();
+    let targets: Vec<String> = (0..3).map(|fd| target(fd).to_string_lossy().into_owned()).collect();
+    json!(targets).to_string().into_bytes()
+}
+
+fn size_of_images(dumped: &Dumped) -> u64 {
+    dumped.manifest.iter().flat_map(|manifest| manifest.images.values()).map(|image| image.length).sum()
+}
+
+fn stdout() -> Result<File, Failure> {
+    let stdout = io::stdout().as_fd().try_clone_to_owned();
+    stdout.map(File::from).map_err(|error| Failure::from(error).context("cannot write to standard output"))
+}
+
+fn cannot_write(what: &Path) -> impl FnOnce(io::Error) -> Failure {
+    move |error| Failure::from(error).context(format!("cannot write {}", what.display()))
+}

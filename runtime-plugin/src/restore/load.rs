@@ -1,0 +1,108 @@
+//! One restore, from images to the container's running tree.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+
+use ferry_engine::images::{FolderSource, ImageSet, Source as ImageSource};
+use ferry_engine::namespaces::RestoreNamespaceOptions;
+use ferry_engine::restore::{RestoreOptions, Stage, restore};
+use ferry_engine::sys::HostPid;
+use ferry_hooks::{State, Status};
+
+use super::{Plan, Source};
+use crate::archive;
+use crate::checkpoint::DESCRIPTORS;
+use crate::externals;
+use crate::failure::Failure;
+
+/// Runs the engine; the pid of the container's first process. On failure nothing of the tree is left.
+pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
+    let (source, stdio) = open(&plan.source)?;
+    let images = ImageSet::open(source)?;
+    let spec = &plan.bundle.spec;
+    let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+    let outside = externals::mounts(spec, &plan.bundle.directory, &rootfs, plan.new.cgroup());
+    let mut namespaces = RestoreNamespaceOptions {
+        root: Some(rootfs),
+        external_mounts: outside.into_iter().map(|(point, source)| (point.display().to_string(), source)).collect(),
+        empty_net: !plan.args.empty_ns.is_empty(),
+        ..RestoreNamespaceOptions::default()
+    };
+    for (kind, path) in externals::namespaces(spec) {
+        let file = File::open(&path)
+            .map_err(|error| Failure::from(error).context(format!("cannot open the namespace {}", path.display())))?;
+        namespaces.external_namespaces.insert(externals::namespace_key(kind).to_owned(), file.into());
+    }
+    let options = RestoreOptions {
+        shell_job: plan.args.shell_job,
+        first_task: Some(Box::new(|root: HostPid| {
+            plan.new.cgroup().add(root.0).map_err(|error| format!("cannot put it into the container's cgroup: {error}"))
+        })),
+        namespaces,
+        notify: Some(Box::new(|stage, root| run_hooks(plan, stage, root))),
+        inherited: stdio_from_here(&stdio)?,
+        ..RestoreOptions::default()
+    };
+    let restored = restore(&images, options)?;
+    if let Some(work) = &plan.work {
+        let stats = work.join("stats-restore");
+        if let Err(error) = fs::write(&stats, restored.stats_image()) {
+            tracing::warn!("the container runs, but {} cannot be written: {error}", stats.display());
+        }
+    }
+    Ok(restored.pid.0)
+}
+
+/// The images, and what the standard descriptors were when they were made, if that was kept.
+fn open(source: &Source) -> Result<(Box<dyn ImageSource>, Option<Vec<u8>>), Failure> {
+    match source {
+        Source::Folder(folder) => {
+            let stdio = fs::read(folder.join(DESCRIPTORS)).ok();
+            Ok((Box::new(FolderSource::open(folder)?), stdio))
+        }
+        Source::Archive(path) => from_archive(archive::open(path)?),
+        Source::Stream => from_archive(archive::read(std::io::stdin())?),
+    }
+}
+
+fn from_archive(
+    archive: ferry_engine::images::ArchiveSource,
+) -> Result<(Box<dyn ImageSource>, Option<Vec<u8>>), Failure> {
+    let stdio = archive.member(DESCRIPTORS).map(|member| member.to_vec(DESCRIPTORS)).transpose()?;
+    Ok((Box::new(archive), stdio))
+}
+
+/// Standard descriptors that were pipes lead to whoever restores, as with runc: their other ends are gone.
+fn stdio_from_here(descriptors: &Option<Vec<u8>>) -> Result<ferry_engine::files::Inherited, Failure> {
+    let mut inherited = ferry_engine::files::Inherited::new();
+    let Some(json) = descriptors else { return Ok(inherited) };
+    let targets: Vec<String> = serde_json::from_slice(json)
+        .map_err(|error| Failure::from(error).context(format!("{DESCRIPTORS} of the checkpoint is damaged")))?;
+    let own: [OwnedFd; 3] = [
+        std::io::stdin().as_fd().try_clone_to_owned()?,
+        std::io::stdout().as_fd().try_clone_to_owned()?,
+        std::io::stderr().as_fd().try_clone_to_owned()?,
+    ];
+    for (target, descriptor) in targets.into_iter().zip(own) {
+        if target.starts_with("pipe:") {
+            inherited.insert(target, descriptor);
+        }
+    }
+    Ok(inherited)
+}
+
+/// The hooks that runc runs for a restore too, when the namespaces are there and the tree does not run yet.
+fn run_hooks(plan: &Plan, stage: Stage, root: HostPid) -> Result<(), String> {
+    if stage != Stage::SetupNamespaces {
+        return Ok(());
+    }
+    let state = State {
+        oci_version: plan.bundle.spec.version().clone(),
+        id: plan.args.id.id.clone(),
+        status: Status::Creating,
+        pid: Some(root.0),
+        bundle: plan.bundle.directory.clone(),
+        annotations: plan.bundle.spec.annotations().clone().unwrap_or_default().into_iter().collect(),
+    };
+    plan.hooks.run_for_restore(&state).map_err(|error| crate::failure::sentence_of(&error))
+}
