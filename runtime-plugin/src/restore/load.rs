@@ -53,8 +53,11 @@ pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
     Ok(restored.pid.0)
 }
 
+/// The images, and what the first process's standard descriptors were, if that was kept.
+type Opened = (Box<dyn ImageSource>, Option<Vec<u8>>);
+
 /// The images, and what the standard descriptors were when they were made, if that was kept.
-fn open(source: &Source) -> Result<(Box<dyn ImageSource>, Option<Vec<u8>>), Failure> {
+fn open(source: &Source) -> Result<Opened, Failure> {
     match source {
         Source::Folder(folder) => {
             let stdio = fs::read(folder.join(DESCRIPTORS)).ok();
@@ -65,9 +68,7 @@ fn open(source: &Source) -> Result<(Box<dyn ImageSource>, Option<Vec<u8>>), Fail
     }
 }
 
-fn from_archive(
-    archive: ferry_engine::images::ArchiveSource,
-) -> Result<(Box<dyn ImageSource>, Option<Vec<u8>>), Failure> {
+fn from_archive(archive: ferry_engine::images::ArchiveSource) -> Result<Opened, Failure> {
     let stdio = archive.member(DESCRIPTORS).map(|member| member.to_vec(DESCRIPTORS)).transpose()?;
     Ok((Box::new(archive), stdio))
 }
