@@ -34,6 +34,7 @@ fn listening_and_unconnected_sockets_come_back() {
     let name = format!("ferry-test-{}", std::process::id());
     let abstract_one = UnixDatagram::bind_addr(&UnixAddress::from_abstract_name(&name).unwrap()).unwrap();
     let unbound = UnixDatagram::unbound().unwrap();
+    let idle = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
     let addresses = [tcp.local_addr().unwrap(), tcp6.local_addr().unwrap()];
     let udp_address = udp.local_addr().unwrap();
     let client_address = client.local_addr().unwrap();
@@ -47,6 +48,7 @@ fn listening_and_unconnected_sockets_come_back() {
         local.into(),
         abstract_one.into(),
         unbound.into(),
+        idle,
     ];
     let numbers: Vec<i32> = descriptors.iter().map(raw).collect();
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();

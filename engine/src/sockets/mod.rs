@@ -107,8 +107,9 @@ impl<H> Sockets<H> {
                 if unix::is_connected(&usk) {
                     self.ends.insert(inode, (usk.peer, holder));
                 }
-                // Closed ends show no length, whatever waits in them.
-                if content && usk.state != state::LISTEN && (socket.waiting > 0 || usk.peer == 0) {
+                // An end whose other end is closed shows no length, whatever waits in it.
+                let half_closed = unix::is_connected(&usk) && usk.peer == 0;
+                if content && usk.state != state::LISTEN && (socket.waiting > 0 || half_closed) {
                     let packets = queue::collect_queue(id, duplicate, unix::is_stream(&usk), socket.waiting)?;
                     self.packets.extend(packets);
                 }
