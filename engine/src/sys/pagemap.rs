@@ -108,8 +108,33 @@ impl Pagemap {
             let found =
                 check(i64::from(unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) }))? as usize;
             regions.extend_from_slice(&block[..found]);
-            start = argument.walk_end;
+            // `walk_end` is that of an earlier stop when the kernel, which gathers 512 regions at a time, has come to the end
+            // of the range after more than that (seen on Linux 6.18).
+            start = if found < block.len() { range.end } else { block[found - 1].end };
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::shared::SharedMemory;
+
+    #[test]
+    fn each_page_is_found_once_however_many_regions_there_are() {
+        for regions in [1, 511, 512, 513, 700, 1023, 1024, 1025, 3000] {
+            let memory = SharedMemory::anonymous(2 * regions * PAGE_SIZE as usize, 0).unwrap();
+            let start = memory.local_base() as u64;
+            for index in 0..regions {
+                memory.write(2 * index * PAGE_SIZE as usize, &[1]);
+            }
+            let mut found = Vec::new();
+            let wanted = Wanted { all_of: PRESENT, report: PRESENT, ..Wanted::default() };
+            let map = Pagemap::open(HostPid(std::process::id() as i32)).unwrap();
+            map.scan(start..start + memory.len() as u64, wanted, &mut found).unwrap();
+            let expected: Vec<u64> = (0..regions as u64).map(|index| start + 2 * index * PAGE_SIZE).collect();
+            assert_eq!(found.iter().map(|region| region.start).collect::<Vec<_>>(), expected, "{regions} regions");
+        }
     }
 }
