@@ -98,8 +98,13 @@ struct Known {
 enum Skip {
     /// It, or its task, is gone; the tree runs.
     Gone,
+    /// Nothing about it can keep a dump from succeeding; the tree runs.
+    Nothing,
     Refused(Problem),
 }
+
+/// Objects whose state the kernel tells whole, so that preflight need not look closer.
+const ALWAYS_SAVED: [&[u8]; 2] = [b"anon_inode:[eventfd]", b"anon_inode:[signalfd]"];
 
 impl From<Problem> for Skip {
     fn from(problem: Problem) -> Self {
@@ -216,7 +221,7 @@ impl FilesCollector {
         for fd in numbers {
             match self.collect_descriptor((task, number), fd, links.as_fd(), infos.as_fd(), &mut buffers) {
                 Ok(entry) => entries.push(entry),
-                Err((_, Skip::Gone)) => {}
+                Err((_, Skip::Gone | Skip::Nothing)) => {}
                 Err((name, Skip::Refused(problem))) => {
                     let holder = self.holder(task, Some(fd), name);
                     self.refusals.push(holder.refusal(problem));
@@ -253,6 +258,9 @@ impl FilesCollector {
         let (name, _) = readlinkat_raw(links, number.as_c_str(), &mut buffers.link[..])
             .map_err(|error| unnamed(self.unreadable("its name", error)))?;
         let named = |skip| (String::from_utf8_lossy(name).into_owned(), skip);
+        if !self.options.stopped && ALWAYS_SAVED.contains(&&*name) {
+            return Err(named(Skip::Nothing));
+        }
         let stat = statx(links, number.as_c_str(), AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC, STATX)
             .map_err(|error| named(self.unreadable("its inode", error)))?;
         let text = read_info(infos, number.as_c_str(), &mut buffers.info)
@@ -323,6 +331,10 @@ impl FilesCollector {
             }
             let reg = self.dump_path(descriptor, id)?;
             return Ok(FileEntry { reg: Some(reg), ..entry(FdType::Reg) });
+        }
+        if !self.options.stopped && name.starts_with(b"pipe:[") && self.pipes.note_end(stat.stx_ino as u32, info.flags)
+        {
+            return Err(Skip::Nothing);
         }
         let duplicate = self.duplicate(descriptor)?;
         let fown = collect_owner(duplicate.as_fd())?;

@@ -52,6 +52,15 @@ impl<H> Default for Pipes<H> {
 }
 
 impl<H: Clone> Pipes<H> {
+    /// Notes an end of a pipe that has been met before; tells whether it has.
+    pub fn note_end(&mut self, inode: u32, flags: u32) -> bool {
+        let (reads, writes) = directions(flags);
+        let Some(pipe) = self.found.get_mut(&inode) else { return false };
+        pipe.readers |= reads;
+        pipe.writers |= writes;
+        true
+    }
+
     /// Notes one description of pipe `inode`, and takes a copy of the content with the first that can read.
     pub fn collect(
         &mut self,
@@ -68,9 +77,8 @@ impl<H: Clone> Pipes<H> {
         }
         let needs_content = content && reads && self.found.get(&inode).is_some_and(|pipe| pipe.content.is_none());
         let copied = if needs_content { Some(self.copy_content(inode, flags, duplicate)?) } else { None };
+        self.note_end(inode, flags);
         if let Some(pipe) = self.found.get_mut(&inode) {
-            pipe.readers |= reads;
-            pipe.writers |= writes;
             pipe.content = pipe.content.take().or(copied);
         }
         Ok(())
