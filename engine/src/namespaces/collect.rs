@@ -50,6 +50,9 @@ pub enum DumpNamespacesError {
     /// The mount namespace could not be joined.
     #[error("cannot join the mount namespace of pid {pid}: {source}")]
     Enter { pid: NsPid, source: io::Error },
+    /// The network namespace could not be joined, or its settings could not be read.
+    #[error("cannot read the network settings of pid {pid}: {source}")]
+    Settings { pid: NsPid, source: io::Error },
     /// The content of a tmpfs could not be read.
     #[error("cannot read the content of the tmpfs at {point}: {source}")]
     Content { point: PathBuf, source: io::Error },
@@ -275,20 +278,25 @@ impl Collected {
         Ok(())
     }
 
-    fn dump_net(&self, number: u32, sink: &mut dyn Sink) -> Result<(), SinkError> {
+    fn dump_net(&self, number: u32, sink: &mut dyn Sink) -> Result<(), DumpNamespacesError> {
         match &self.content.net {
             None | Some(FoundNet::Empty) => Ok(()),
             Some(FoundNet::External(key)) => {
                 let entry = NetnsEntry { ext_key: Some(key.clone()), ..NetnsEntry::default() };
-                sink.put(&Kind::Netns.name_for(number), &encode(Kind::Netns, &[entry]))
+                Ok(sink.put(&Kind::Netns.name_for(number), &encode(Kind::Netns, &[entry]))?)
             }
             Some(FoundNet::Full(net)) => {
-                sink.put(&Kind::Netns.name_for(number), &encode(Kind::Netns, std::slice::from_ref(&net.settings)))?;
-                sink.put(&Kind::Netdev.name_for(number), &encode(Kind::Netdev, &net.links))?;
+                let (pid, pidfd) = &self.root_task;
+                let mut links = net.links.clone();
+                let settings = visit(pidfd.as_fd(), &[NamespaceKind::Net], || net::collect_settings(&mut links))
+                    .flatten()
+                    .map_err(|source| DumpNamespacesError::Settings { pid: *pid, source })?;
+                sink.put(&Kind::Netns.name_for(number), &encode(Kind::Netns, &[settings]))?;
+                sink.put(&Kind::Netdev.name_for(number), &encode(Kind::Netdev, &links))?;
                 sink.put(&Kind::Ifaddr.name_for(number), &net.addresses)?;
                 sink.put(&Kind::Route.name_for(number), &net.routes)?;
                 sink.put(&Kind::Route6.name_for(number), &net.routes6)?;
-                sink.put(&Kind::Rule.name_for(number), &net.rules)
+                Ok(sink.put(&Kind::Rule.name_for(number), &net.rules)?)
             }
         }
     }

@@ -331,11 +331,14 @@ impl RestorePlan {
         if let Some(clocks) = &self.time {
             restore_clocks(clocks, root, pid)?;
         }
-        self.restore_from_outside(pid)?;
-        if let Some(mounts) = &self.mounts {
-            mounts.restore(root, pid)?;
-        }
-        Ok(())
+        // Both mostly wait for the kernel.
+        std::thread::scope(|scope| {
+            let others = scope.spawn(|| self.restore_from_outside(pid));
+            let mounts = self.mounts.as_ref().map_or(Ok(()), |mounts| mounts.restore(root, pid));
+            let others = others.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            mounts?;
+            others
+        })
     }
 
     fn restore_from_outside(&self, pid: HostPid) -> Result<(), RestoreNamespacesError> {

@@ -58,16 +58,16 @@ pub(super) struct Net {
     pub problems: Vec<(String, String)>,
 }
 
-/// Looks at the calling thread's namespace, which images call `number`.
+/// Looks at the calling thread's namespace, which images call `number`; its settings are left to [`collect_settings`].
 pub(super) fn collect(number: u32) -> io::Result<Net> {
     let mut socket = Netlink::route()?;
-    let mut net = Net { settings: settings::collect()?, ..Net::default() };
+    let mut net = Net::default();
     for link in socket.dump(RTM_GETLINK, &[0; LINK_BODY])? {
         let name = link.attribute(LINK_BODY, IFLA_IFNAME).unwrap_or_default();
         let name = String::from_utf8_lossy(name.strip_suffix(b"\0").unwrap_or(name)).into_owned();
         let flags = link.word(8).unwrap_or_default();
         if flags & libc::IFF_LOOPBACK as u32 != 0 {
-            net.links.push(loopback(&link, name, flags, number)?);
+            net.links.push(loopback(&link, name, flags, number));
         } else if !FALLBACK_LINKS.contains(&name.as_str()) || flags & libc::IFF_UP as u32 != 0 {
             net.problems.push((format!("network link {name}"), "only the loopback link can be saved yet".into()));
         }
@@ -95,21 +95,28 @@ fn family_body(family: i32) -> Vec<u8> {
     body
 }
 
-fn loopback(link: &Message, name: String, flags: u32, number: u32) -> io::Result<NetDeviceEntry> {
+fn loopback(link: &Message, name: String, flags: u32, number: u32) -> NetDeviceEntry {
     let index = link.word(4).unwrap_or_default();
     let mtu = link.attribute(LINK_BODY, IFLA_MTU).and_then(|bytes| bytes.try_into().ok()).map(u32::from_ne_bytes);
-    Ok(NetDeviceEntry {
+    NetDeviceEntry {
         r#type: NdType::Loopback.into(),
         ifindex: index,
         mtu: mtu.unwrap_or_default(),
         flags,
-        conf4: settings::link(Family::Ipv4, &name)?,
-        conf6: settings::link(Family::Ipv6, &name)?,
         name,
         peer_ifindex: Some(index),
         peer_nsid: Some(number),
         ..NetDeviceEntry::default()
-    })
+    }
+}
+
+/// The settings of the calling thread's namespace and of `links`, which take the longest and stand in nobody's way.
+pub(super) fn collect_settings(links: &mut [NetDeviceEntry]) -> io::Result<NetnsEntry> {
+    for link in links {
+        link.conf4 = settings::link(Family::Ipv4, &link.name)?;
+        link.conf6 = settings::link(Family::Ipv6, &link.name)?;
+    }
+    settings::collect()
 }
 
 /// Routes that somebody set in the main table; the kernel makes the others from addresses.
