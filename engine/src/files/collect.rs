@@ -1,20 +1,16 @@
 //! Every descriptor of every task, and which of them share a description.
 //!
-//! Per descriptor: a readlink(2), a statx(2), and the reading of its fdinfo; kinds that those do not tell enough about are
-//! duplicated (pidfd_getfd(2), Linux 5.6). kcmp(2) is asked only about descriptors that look alike in every other way, and, since it
-//! orders what it compares, a few times even when thousands do.
+//! Kinds that their fdinfo does not tell enough about are duplicated (pidfd_getfd(2), Linux 5.6). kcmp(2) is asked only about
+//! descriptors that look alike in every other way, and, since it orders what it compares, a few times even when thousands do.
 //!
 //! On a tree that runs, whatever vanishes between two looks is passed over.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::CStr;
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Statx, openat, readlinkat_raw, statx};
-use rustix::path::DecInt;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, statx};
 
 use super::epoll::{collect_epoll, resolve_targets};
 use super::event;
@@ -24,6 +20,7 @@ use super::lock::Locks;
 use super::owner::{collect_owner, nobody};
 use super::pipe::Pipes;
 use super::regular::{self, Found, Paths, STATX};
+use super::table::{Shown, Table, Unreadable};
 use super::{FilesOptions, Problem, TaskRef};
 use crate::error::Refusal;
 use crate::images::Kind;
@@ -35,9 +32,6 @@ use crate::sockets::unix::SocketFile;
 use crate::sockets::{self, Sockets};
 use crate::sys::kcmp::{self, compare};
 use crate::sys::{HostPid, NsPid, pidfd};
-
-/// Longest path that the kernel tells.
-const PATH_MAX: usize = 4096;
 
 /// What a dump writes about descriptors.
 #[derive(Debug, Default)]
@@ -75,14 +69,19 @@ impl Holder {
     }
 }
 
-/// What must be equal for two descriptors to share a description. `mark` tells apart objects that share an inode.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+/// What must be equal for two descriptors to share a description.
+#[derive(Clone, PartialEq, Eq, Hash)]
 struct Likeness {
-    device: (u32, u32),
-    inode: u64,
+    inode: Inode,
     pos: u64,
     flags: u32,
-    mark: u64,
+}
+
+/// An inode: by device and number, or as the kernel names those without a path.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Inode {
+    OfPath(u32, u32, u64),
+    Named(Vec<u8>, Option<String>),
 }
 
 /// A description, by the first descriptor found of it.
@@ -104,7 +103,7 @@ enum Skip {
 }
 
 /// Objects whose state the kernel tells whole, so that preflight need not look closer.
-const ALWAYS_SAVED: [&[u8]; 2] = [b"anon_inode:[eventfd]", b"anon_inode:[signalfd]"];
+const ALWAYS_SAVED: &[&[u8]] = &[b"anon_inode:[eventfd]", b"anon_inode:[signalfd]"];
 
 impl From<Problem> for Skip {
     fn from(problem: Problem) -> Self {
@@ -112,18 +111,13 @@ impl From<Problem> for Skip {
     }
 }
 
-/// Room for what the kernel says, used again for every descriptor.
-struct Buffers {
-    link: Vec<MaybeUninit<u8>>,
-    info: Vec<u8>,
-}
-
 /// One descriptor, as found.
 struct Descriptor<'a> {
     task: &'a TaskRef<'a>,
     fd: u32,
     name: &'a [u8],
-    stat: &'a Statx,
+    /// What its link leads to, if that is a path.
+    stat: Option<&'a Statx>,
     info: FdInfo<'a>,
 }
 
@@ -132,7 +126,6 @@ pub struct FilesCollector {
     options: FilesOptions,
     root: HostPid,
     paths: Paths,
-    buffers: Buffers,
     next_id: u32,
     /// Descriptor tables in the order of kcmp(2), with a task that has each, and its number.
     tables: Vec<(HostPid, u32)>,
@@ -167,7 +160,6 @@ impl FilesCollector {
             options,
             root,
             paths: Paths::of(root)?,
-            buffers: Buffers { link: vec![MaybeUninit::uninit(); PATH_MAX], info: vec![0; 64 << 10] },
             next_id: 1,
             tables: Vec::new(),
             alike: HashMap::new(),
@@ -201,13 +193,8 @@ impl FilesCollector {
     }
 
     fn collect_table(&mut self, task: &TaskRef<'_>, number: u32) -> Vec<FdinfoEntry> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let open = |name| rustix::fs::open(format!("/proc/{}/{name}", task.pid), flags, Mode::empty());
-        let (links, infos, numbers) = match open("fd").and_then(|links| {
-            let numbers = numbers(&links)?;
-            Ok((links, open("fdinfo")?, numbers))
-        }) {
-            Ok(opened) => opened,
+        let table = match Table::open(task.pid) {
+            Ok(table) => table,
             Err(error) => {
                 if self.options.stopped {
                     let holder = self.holder(task, None, "its descriptors".into());
@@ -216,19 +203,25 @@ impl FilesCollector {
                 return Vec::new();
             }
         };
-        let mut entries = Vec::with_capacity(numbers.len());
-        let mut buffers = std::mem::replace(&mut self.buffers, Buffers { link: Vec::new(), info: Vec::new() });
-        for fd in numbers {
-            match self.collect_descriptor((task, number), fd, links.as_fd(), infos.as_fd(), &mut buffers) {
+        let mut entries = Vec::with_capacity(table.numbers().len());
+        let passed_over = if self.options.stopped { &[] } else { ALWAYS_SAVED };
+        table.read(passed_over, |read| {
+            let (fd, name, outcome) = match read {
+                Ok(shown) => {
+                    let outcome = self.collect_descriptor((task, number), &shown);
+                    (shown.fd, shown.name, outcome)
+                }
+                Err(Unreadable { fd, what, error }) => (fd, b"its object".to_vec(), Err(self.unreadable(what, error))),
+            };
+            match outcome {
                 Ok(entry) => entries.push(entry),
-                Err((_, Skip::Gone | Skip::Nothing)) => {}
-                Err((name, Skip::Refused(problem))) => {
-                    let holder = self.holder(task, Some(fd), name);
+                Err(Skip::Gone | Skip::Nothing) => {}
+                Err(Skip::Refused(problem)) => {
+                    let holder = self.holder(task, Some(fd), String::from_utf8_lossy(&name).into_owned());
                     self.refusals.push(holder.refusal(problem));
                 }
             }
-        }
-        self.buffers = buffers;
+        });
         entries
     }
 
@@ -245,34 +238,14 @@ impl FilesCollector {
         }
     }
 
-    fn collect_descriptor(
-        &mut self,
-        (task, table): (&TaskRef<'_>, u32),
-        fd: u32,
-        links: BorrowedFd<'_>,
-        infos: BorrowedFd<'_>,
-        buffers: &mut Buffers,
-    ) -> Result<FdinfoEntry, (String, Skip)> {
-        let unnamed = |skip| (String::from("its object"), skip);
-        let number = DecInt::new(fd);
-        let (name, _) = readlinkat_raw(links, number.as_c_str(), &mut buffers.link[..])
-            .map_err(|error| unnamed(self.unreadable("its name", error)))?;
-        let named = |skip| (String::from_utf8_lossy(name).into_owned(), skip);
-        if !self.options.stopped && ALWAYS_SAVED.contains(&&*name) {
-            return Err(named(Skip::Nothing));
-        }
-        let stat = statx(links, number.as_c_str(), AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC, STATX)
-            .map_err(|error| named(self.unreadable("its inode", error)))?;
-        let text = read_info(infos, number.as_c_str(), &mut buffers.info)
-            .map_err(|error| named(self.unreadable("its fdinfo", error)))?;
-        let info = FdInfo::parse(text)
-            .ok_or_else(|| named(Problem::new("the kernel does not describe it as proc(5) says", "").into()))?;
-        let descriptor = Descriptor { task, fd, name, stat: &stat, info };
-        let (id, kind) = self.description(&descriptor).map_err(named)?;
+    fn collect_descriptor(&mut self, (task, table): (&TaskRef<'_>, u32), shown: &Shown) -> Result<FdinfoEntry, Skip> {
+        let fd = shown.fd;
+        let info = FdInfo::parse(&shown.info)
+            .ok_or_else(|| Problem::new("the kernel does not describe it as proc(5) says", ""))?;
+        let descriptor = Descriptor { task, fd, name: &shown.name, stat: shown.stat.as_ref(), info };
+        let (id, kind) = self.description(&descriptor)?;
         for lock in info.locks() {
-            self.locks
-                .collect(lock, (task.ns_pid.0, fd), (table, id), info.flags)
-                .map_err(|problem| named(problem.into()))?;
+            self.locks.collect(lock, (task.ns_pid.0, fd), (table, id), info.flags)?;
         }
         let flags = if info.cloexec { libc::FD_CLOEXEC as u32 } else { 0 };
         Ok(FdinfoEntry { id, flags, r#type: kind as i32, fd, xattr_security_selinux: None })
@@ -280,17 +253,19 @@ impl FilesCollector {
 
     /// The description that a descriptor names: a known one, or a new one, which is dumped.
     fn description(&mut self, descriptor: &Descriptor<'_>) -> Result<(u32, FdType), Skip> {
-        let Descriptor { task, fd, stat, info, .. } = *descriptor;
+        let Descriptor { task, fd, name, stat, info } = *descriptor;
         if let Some(lock) = info.locks().next().filter(|_| !self.options.file_locks) {
             let text = format!("it holds a file lock ({lock})");
             return Err(Problem::new(text, "save locks with --file-locks").into());
         }
         let likeness = Likeness {
-            device: (stat.stx_dev_major, stat.stx_dev_minor),
-            inode: stat.stx_ino,
+            inode: match stat {
+                Some(stat) => Inode::OfPath(stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino),
+                // Anonymous inodes are one for all, but eventfds are told apart by a number of their own.
+                None => Inode::Named(name.to_vec(), info.field("eventfd-id").map(str::to_owned)),
+            },
             pos: info.pos,
             flags: info.flags,
-            mark: info.field("eventfd-id").and_then(|id| id.parse().ok()).unwrap_or(0),
         };
         let index = match self.alike.get(&likeness) {
             Some(alike) => match position(alike, task.pid, fd) {
@@ -320,62 +295,72 @@ impl FilesCollector {
     }
 
     fn dump_description(&mut self, descriptor: &Descriptor<'_>, id: u32) -> Result<FileEntry, Skip> {
-        let Descriptor { name, stat, info, .. } = *descriptor;
-        let file_type = FileType::from_raw_mode(stat.stx_mode.into());
+        let Descriptor { name, info, .. } = *descriptor;
         let path_only = info.flags & libc::O_PATH as u32 != 0;
         let entry = |kind: FdType| FileEntry { r#type: kind as i32, id, ..FileEntry::default() };
-        if path_only || name.starts_with(b"/") {
-            if file_type == FileType::Fifo && !path_only {
-                let fifo = self.dump_fifo(descriptor, id)?;
+        if let Some(stat) = descriptor.stat {
+            if FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Fifo && !path_only {
+                let fifo = self.dump_fifo(descriptor, stat, id)?;
                 return Ok(FileEntry { fifo: Some(fifo), ..entry(FdType::Fifo) });
             }
-            let reg = self.dump_path(descriptor, id)?;
+            let reg = self.dump_path(descriptor, stat, id)?;
             return Ok(FileEntry { reg: Some(reg), ..entry(FdType::Reg) });
         }
-        if !self.options.stopped && name.starts_with(b"pipe:[") && self.pipes.note_end(stat.stx_ino as u32, info.flags)
-        {
-            return Err(Skip::Nothing);
+        let unsupported = || {
+            let text = format!("{} cannot be saved yet", kind_of(name));
+            Err(Skip::Refused(Problem::new(text, "have the program close it before the checkpoint")))
+        };
+        if path_only {
+            return unsupported();
         }
-        let duplicate = self.duplicate(descriptor)?;
-        let fown = collect_owner(duplicate.as_fd())?;
+        // None of these can send signals (they have no `fasync` operation), so none has an owner that matters.
+        let fown = nobody();
         match name {
             b"anon_inode:[eventpoll]" => {
                 let epfd = collect_epoll(id, &info, fown)?;
                 let named_by = vec![(descriptor.task.pid, descriptor.fd)];
                 let holder = self.holder_of(descriptor);
                 self.epolls.insert(id, Epoll { file: self.dump.files.len(), holder, named_by });
-                Ok(FileEntry { epfd: Some(epfd), ..entry(FdType::Eventpoll) })
+                return Ok(FileEntry { epfd: Some(epfd), ..entry(FdType::Eventpoll) });
             }
             b"anon_inode:[eventfd]" => {
-                Ok(FileEntry { efd: Some(event::collect_eventfd(id, &info, fown)?), ..entry(FdType::Eventfd) })
+                return Ok(FileEntry { efd: Some(event::collect_eventfd(id, &info, fown)?), ..entry(FdType::Eventfd) });
             }
             b"anon_inode:[signalfd]" => {
-                Ok(FileEntry { sgfd: Some(event::collect_signalfd(id, &info, fown)?), ..entry(FdType::Signalfd) })
+                return Ok(FileEntry {
+                    sgfd: Some(event::collect_signalfd(id, &info, fown)?),
+                    ..entry(FdType::Signalfd)
+                });
             }
             b"anon_inode:[timerfd]" => {
-                Ok(FileEntry { tfd: Some(event::collect_timerfd(id, &info, fown)?), ..entry(FdType::Timerfd) })
+                return Ok(FileEntry { tfd: Some(event::collect_timerfd(id, &info, fown)?), ..entry(FdType::Timerfd) });
             }
+            _ => {}
+        }
+        let Some(inode) = inode_of(name) else { return unsupported() };
+        if !self.options.stopped && name.starts_with(b"pipe:[") && self.pipes.note_end(inode, info.flags) {
+            return Err(Skip::Nothing);
+        }
+        let duplicate = self.duplicate(descriptor)?;
+        let fown = collect_owner(duplicate.as_fd())?;
+        match name {
             _ if name.starts_with(b"socket:[") => {
                 let holder = self.holder_of(descriptor);
                 let Descriptor { task, .. } = *descriptor;
                 let paths = &self.paths;
                 let find_file = |name: &[u8], file| socket_file(paths, task.pid, name, file);
                 let pidfd = task.pidfd;
-                let inode = stat.stx_ino as u32;
                 let socket = sockets::Found { id, inode, info, duplicate: duplicate.as_fd(), pidfd, fown };
                 Ok(self.sockets.collect(socket, &find_file, holder, self.options.stopped)?)
             }
             _ if name.starts_with(b"pipe:[") => {
                 let holder = self.holder_of(descriptor);
-                let pipe_id = stat.stx_ino as u32;
+                let pipe_id = inode;
                 self.pipes.collect(pipe_id, info.flags, duplicate.as_fd(), holder, self.options.stopped)?;
                 let pipe = PipeEntry { id, pipe_id, flags: info.flags, fown };
                 Ok(FileEntry { pipe: Some(pipe), ..entry(FdType::Pipe) })
             }
-            _ => {
-                let text = format!("{} cannot be saved yet", kind_of(name));
-                Err(Problem::new(text, "have the program close it before the checkpoint").into())
-            }
+            _ => unsupported(),
         }
     }
 
@@ -389,13 +374,13 @@ impl FilesCollector {
             .map_err(|errno| self.unreadable("the descriptor", rustix::io::Errno::from_raw_os_error(errno as i32)))
     }
 
-    fn dump_fifo(&mut self, descriptor: &Descriptor<'_>, id: u32) -> Result<FifoEntry, Skip> {
+    fn dump_fifo(&mut self, descriptor: &Descriptor<'_>, stat: &Statx, id: u32) -> Result<FifoEntry, Skip> {
         let regf_id = self.new_id();
-        let mut reg = self.dump_path(descriptor, regf_id)?;
+        let mut reg = self.dump_path(descriptor, stat, regf_id)?;
         let duplicate = self.duplicate(descriptor)?;
         reg.fown = collect_owner(duplicate.as_fd())?;
         let file = FileEntry { r#type: FdType::Reg as i32, id: regf_id, reg: Some(reg), ..FileEntry::default() };
-        let pipe_id = descriptor.stat.stx_ino as u32;
+        let pipe_id = stat.stx_ino as u32;
         let holder = self.holder_of(descriptor);
         let flags = descriptor.info.flags;
         self.fifos.collect(pipe_id, flags, duplicate.as_fd(), holder, self.options.stopped)?;
@@ -403,8 +388,8 @@ impl FilesCollector {
         Ok(FifoEntry { id, pipe_id, regf_id: Some(regf_id) })
     }
 
-    fn dump_path(&mut self, descriptor: &Descriptor<'_>, id: u32) -> Result<RegFileEntry, Skip> {
-        let Descriptor { task, fd, name, stat, info } = *descriptor;
+    fn dump_path(&mut self, descriptor: &Descriptor<'_>, stat: &Statx, id: u32) -> Result<RegFileEntry, Skip> {
+        let Descriptor { task, fd, name, info, .. } = *descriptor;
         let found = Found { name, stat, mnt_id: info.mnt_id, flags: info.flags };
         let fown = if info.flags & libc::O_ASYNC as u32 != 0 {
             collect_owner(self.duplicate(descriptor)?.as_fd())?
@@ -504,9 +489,10 @@ impl FilesCollector {
             let Some(entry) = self.dump.files.get_mut(file).and_then(|file| file.epfd.as_mut()) else { continue };
             let mut lost = None;
             for (pid, fd) in named_by {
-                let fds = numbers_of(pid).unwrap_or_default();
+                let table = Table::open(pid);
+                let fds = table.as_ref().map(Table::numbers).unwrap_or_default();
                 let mut resolved = entry.clone();
-                match resolve_targets(&mut resolved, (pid, fd), &fds) {
+                match resolve_targets(&mut resolved, (pid, fd), fds) {
                     Ok(()) => {
                         *entry = resolved;
                         lost = None;
@@ -587,6 +573,13 @@ fn position(alike: &[Known], pid: HostPid, fd: u32) -> Result<usize, usize> {
         .binary_search_by(|known| compare(kcmp::Kind::File, (known.pid, known.fd), (pid, fd)).unwrap_or(Ordering::Less))
 }
 
+/// The number in a name like `pipe:[7]` or `socket:[7]`; images have 32 bits for it.
+fn inode_of(name: &[u8]) -> Option<u32> {
+    let name = std::str::from_utf8(name).ok()?;
+    let (_, number) = name.strip_suffix(']')?.split_once(":[")?;
+    number.parse::<u64>().ok().map(|inode| inode as u32)
+}
+
 /// What people call an object that is no file.
 fn kind_of(name: &[u8]) -> String {
     let name = String::from_utf8_lossy(name);
@@ -597,39 +590,4 @@ fn kind_of(name: &[u8]) -> String {
         }
         _ => format!("objects of this kind ({name})"),
     }
-}
-
-/// The entries of a directory that are numbers, ascending.
-fn numbers(directory: &OwnedFd) -> rustix::io::Result<Vec<u32>> {
-    let mut buffer = Vec::with_capacity(32 << 10);
-    let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
-    let mut numbers = Vec::new();
-    while let Some(entry) = entries.next() {
-        if let Some(number) = entry?.file_name().to_str().ok().and_then(|name| name.parse().ok()) {
-            numbers.push(number);
-        }
-    }
-    numbers.sort_unstable();
-    Ok(numbers)
-}
-
-/// The descriptors of a task.
-fn numbers_of(pid: HostPid) -> rustix::io::Result<Vec<u32>> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    numbers(&rustix::fs::open(format!("/proc/{pid}/fd"), flags, Mode::empty())?)
-}
-
-/// Reads an fdinfo file into `buffer`, which grows when an epoll instance has much to say.
-fn read_info<'a>(directory: BorrowedFd<'_>, number: &CStr, buffer: &'a mut Vec<u8>) -> rustix::io::Result<&'a str> {
-    let file = openat(directory, number, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    let mut len = 0;
-    loop {
-        // fdinfo is one record of a sequence file: a reading that leaves room has all of it (fs/seq_file.c).
-        len += rustix::io::read(&file, &mut buffer[len..])?;
-        if len < buffer.len() {
-            break;
-        }
-        buffer.resize(buffer.len() * 2, 0);
-    }
-    std::str::from_utf8(&buffer[..len]).map_err(|_| rustix::io::Errno::ILSEQ)
 }

@@ -3,7 +3,7 @@
 //! | file | what it owns |
 //! | --- | --- |
 //! | `collect` | the walk over descriptor tables: [`FilesCollector`]; which descriptors share a description |
-//! | `fdinfo`, `owner` | what the kernel says of every descriptor alike |
+//! | `table`, `fdinfo`, `owner` | what the kernel says of every descriptor alike |
 //! | `regular`, `ghost`, `pipe`, `event` … | one kind of object each: its dump and its restore |
 //! | `plan`, `restore`, `session` | who makes which description at restore, when, and the batches that do it: [`RestorePlan`] |
 //!
@@ -25,6 +25,7 @@ mod plan;
 mod regular;
 mod restore;
 pub(crate) mod session;
+mod table;
 
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;

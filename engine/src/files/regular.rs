@@ -88,6 +88,9 @@ impl Paths {
             ));
         }
         let is_memory_device = found.file_type() == FileType::CharacterDevice && found.stat.stx_rdev_major == MEM_MAJOR;
+        if found.name.starts_with(b"/memfd:") && found.stat.stx_nlink == 0 {
+            return Err(Problem::new("memory files (memfd_create) cannot be saved yet", "have the program close it"));
+        }
         let Some(mount) = self.mounts.get(found.mnt_id) else {
             // Runtimes hand their own /dev/null in; the container's does as well.
             if is_memory_device {

@@ -89,7 +89,7 @@ impl<H> Sockets<H> {
             family @ (libc::AF_INET | libc::AF_INET6) => {
                 let isk = inet::collect_inet(id, inode, family, &info, duplicate, fown)?;
                 let isk = InetSkEntry { ns_id: self.namespace_id, ..isk };
-                Ok(FileEntry { isk: Some(isk), ..entry(FdType::InetSk) })
+                Ok(FileEntry { isk: Some(isk.into()), ..entry(FdType::InetSk) })
             }
             libc::AF_UNIX => {
                 let list = match &mut self.unix {
@@ -114,7 +114,7 @@ impl<H> Sockets<H> {
                     self.packets.extend(packets);
                 }
                 let usk = UnixSkEntry { ns_id: self.namespace_id, ..usk };
-                Ok(FileEntry { usk: Some(usk), ..entry(FdType::UnixSk) })
+                Ok(FileEntry { usk: Some(usk.into()), ..entry(FdType::UnixSk) })
             }
             family => Err(unsupported(family)),
         }

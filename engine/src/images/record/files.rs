@@ -59,7 +59,7 @@ pub struct FdinfoEntry {
     pub xattr_security_selinux: Option<String>,
 }
 
-/// One open file description: the member that `type` names is present.
+/// One open file description: the member that `type` names is present. The large ones are boxed, since there may be thousands.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct FileEntry {
     #[prost(enumeration = "FdType", required, tag = "1")]
@@ -68,14 +68,14 @@ pub struct FileEntry {
     pub id: u32,
     #[prost(message, optional, tag = "3")]
     pub reg: Option<RegFileEntry>,
-    #[prost(message, optional, tag = "4")]
-    pub isk: Option<InetSkEntry>,
+    #[prost(message, optional, boxed, tag = "4")]
+    pub isk: Option<Box<InetSkEntry>>,
     #[prost(message, optional, tag = "5")]
     pub nsf: Option<NsFileEntry>,
-    #[prost(message, optional, tag = "6")]
-    pub psk: Option<PacketSockEntry>,
-    #[prost(message, optional, tag = "7")]
-    pub nlsk: Option<NetlinkSkEntry>,
+    #[prost(message, optional, boxed, tag = "6")]
+    pub psk: Option<Box<PacketSockEntry>>,
+    #[prost(message, optional, boxed, tag = "7")]
+    pub nlsk: Option<Box<NetlinkSkEntry>>,
     #[prost(message, optional, tag = "8")]
     pub efd: Option<EventfdFileEntry>,
     #[prost(message, optional, tag = "9")]
@@ -92,8 +92,8 @@ pub struct FileEntry {
     pub ffy: Option<FanotifyFileEntry>,
     #[prost(message, optional, tag = "15")]
     pub ext: Option<ExtFileEntry>,
-    #[prost(message, optional, tag = "16")]
-    pub usk: Option<UnixSkEntry>,
+    #[prost(message, optional, boxed, tag = "16")]
+    pub usk: Option<Box<UnixSkEntry>>,
     #[prost(message, optional, tag = "17")]
     pub fifo: Option<FifoEntry>,
     #[prost(message, optional, tag = "18")]
