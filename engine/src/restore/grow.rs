@@ -11,7 +11,6 @@ use super::attach::shared_with_maker;
 use super::birth::{Birth, Maker};
 use super::error::RestoreError;
 use super::live::{LiveTask, LiveThread};
-use super::plan::{LEADER_SLOT, THREAD_SLOT};
 use super::script::Script;
 use crate::agent::{Runner, Slot};
 use crate::procfs;
@@ -26,14 +25,14 @@ impl Restore<'_> {
     /// Clones the root from ferry.
     pub(super) fn make_first(&mut self) -> Result<HostPid, RestoreError> {
         let root = &self.checkpoint.tasks[0];
-        let slot = self.slot(LEADER_SLOT)?;
+        let slot = self.live.leader_slot()?;
         let pid = [root.pid.0];
         let task = FirstTask {
             flags: self.namespaces.clone_flags() | if self.options.sibling { libc::CLONE_PARENT as u64 } else { 0 },
             set_tid: &pid,
             cgroup: self.options.cgroup.map(|cgroup| cgroup.as_raw_fd()),
         };
-        let code = self.live.area().code();
+        let code = self.live.code();
         let host = clone_into_runner(task, code, slot.remote())
             .map_err(|errno| RestoreError::Clone { pid: root.pid, errno })?;
         let vdso_at = self.plan.vdso.parts[0].start;
@@ -133,11 +132,6 @@ impl Restore<'_> {
         Ok(())
     }
 
-    fn slot(&mut self, len: usize) -> Result<Slot, RestoreError> {
-        let full = RestoreError::Own { step: "find room for another runner", errno: Errno::ENOSPC };
-        self.live.area().slot(len).ok_or(full)
-    }
-
     fn pid_of(&self, place: usize) -> NsPid {
         let members = &self.checkpoint.tasks;
         members.get(place).map_or_else(|| NsPid(self.plan.tree.helpers[place - members.len()].pid), |task| task.pid)
@@ -153,7 +147,7 @@ impl Restore<'_> {
 
     /// Appends the clone of a task; returns its slot.
     fn birth(&mut self, script: &mut Script, birth: &Birth) -> Result<Slot, RestoreError> {
-        let slot = self.slot(LEADER_SLOT)?;
+        let slot = self.live.leader_slot()?;
         let arguments = match birth.maker {
             // The brother's exit signal is the maker's own then (clone3(2)).
             Maker::Sibling(_) => CloneArguments { flags: libc::CLONE_PARENT as u64, ..CloneArguments::default() },
@@ -202,7 +196,7 @@ impl Restore<'_> {
     /// gives the orphan to the nearest subreaper or the namespace's init.
     fn adopt(&mut self, birth: &Birth) -> Result<(), RestoreError> {
         let Some(maker) = birth.maker.task() else { return Ok(()) };
-        let (between, slot) = (self.slot(LEADER_SLOT)?, self.slot(LEADER_SLOT)?);
+        let (between, slot) = (self.live.leader_slot()?, self.live.leader_slot()?);
         let mut script = Script::default();
         let arguments = CloneArguments { exit_signal: libc::SIGCHLD as u64, ..CloneArguments::default() };
         let call = script.clone_task(arguments, &[], between.remote());
@@ -316,7 +310,7 @@ impl Restore<'_> {
         for (place, task) in self.checkpoint.tasks.iter().enumerate().filter(|(_, task)| !task.threads.is_empty()) {
             let mut script = Script::default();
             for thread in &task.threads {
-                let slot = self.slot(THREAD_SLOT)?;
+                let slot = self.live.thread_slot()?;
                 script.clone_task(arguments, &[thread.tid.0], slot.remote());
                 born.push((place, thread.tid, slot));
             }

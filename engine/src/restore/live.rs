@@ -8,10 +8,11 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 use super::error::RestoreError;
+use super::plan::{LEADER_SLOT, THREAD_SLOT};
 use super::script::{Object, Results, Script, ScriptError, run};
-use crate::agent::{AgentError, Area, Runner, watch};
+use crate::agent::{AgentError, Area, Runner, Slot, watch};
 use crate::sys::robust::RobustList;
-use crate::sys::{HostPid, NsPid, pidfd};
+use crate::sys::{HostPid, NsPid, RemoteAddr, pidfd};
 
 /// A thread that sits in its runner.
 pub struct LiveThread {
@@ -93,14 +94,30 @@ impl LiveTree {
         Self { list, area, tasks: (0..count).map(|_| None).collect(), made: Vec::new(), traced: false, released: false }
     }
 
-    /// The runners' area.
-    pub fn area(&mut self) -> &mut Area {
-        &mut self.area
+    /// Where tasks find the runner's code.
+    pub fn code(&self) -> RemoteAddr {
+        self.area.code()
+    }
+
+    /// A slot for the leader of a process to come. Ferry's death ends it from the first instant of its life.
+    pub fn leader_slot(&mut self) -> Result<Slot, RestoreError> {
+        let slot = self.slot(LEADER_SLOT)?;
+        watch(&mut self.list, &slot);
+        Ok(slot)
+    }
+
+    /// A slot for another thread, which lives and ends with its process.
+    pub fn thread_slot(&mut self) -> Result<Slot, RestoreError> {
+        self.slot(THREAD_SLOT)
+    }
+
+    fn slot(&mut self, len: usize) -> Result<Slot, RestoreError> {
+        let full = RestoreError::Own { step: "find room for another runner", errno: Errno::ENOSPC };
+        self.area.slot(len).ok_or(full)
     }
 
     /// Notes a task that exists now.
     pub fn add(&mut self, place: usize, task: LiveTask) {
-        watch(&mut self.list, task.runner.slot());
         self.tasks[place] = Some(task);
         self.made.push(place);
     }
