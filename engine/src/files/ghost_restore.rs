@@ -102,7 +102,6 @@ impl GhostPlan {
         let root = rustix::fs::open(format!("/proc/{task}/root"), flags, Mode::empty()).map_err(|error| {
             RestoreFilesError::Ghost { path: "/".into(), step: "open the tree's root", source: error.into() }
         })?;
-        self.temporary.extend(self.links.values().map(|path| (path.clone(), false)));
         for (number, ghost) in &self.ghosts {
             let own = ghost.path.clone();
             let other = [&ghost.path[..], format!(".cr.{number:x}.ghost").as_bytes()].concat();
@@ -123,8 +122,17 @@ impl GhostPlan {
         Ok(())
     }
 
-    /// Takes every name away that [`Self::make`] gave. What cannot be removed is told in the error, after the rest has been.
-    pub fn remove(&mut self) -> Result<(), RestoreFilesError> {
+    /// Takes every name away that [`Self::make`] gave, and those that the dump had left for the restore's use. What cannot be
+    /// removed is told in the error, after the rest has been.
+    pub fn finish(&mut self) -> Result<(), RestoreFilesError> {
+        self.temporary.extend(self.links.drain().map(|(_, path)| (path, false)));
+        // Several descriptions may have been tied to one link.
+        self.temporary.sort();
+        self.temporary.dedup();
+        self.remove()
+    }
+
+    fn remove(&mut self) -> Result<(), RestoreFilesError> {
         let mut first = Ok(());
         let Some(root) = self.root.take() else { return first };
         for (path, directory) in std::mem::take(&mut self.temporary).into_iter().rev() {
@@ -141,7 +149,8 @@ impl GhostPlan {
 
 impl Drop for GhostPlan {
     fn drop(&mut self) {
-        // A restore that failed leaves no files; there is nobody left to tell if that fails too.
+        // A restore that failed leaves no files but those that were there before, so that it can be tried again; there is
+        // nobody left to tell if that fails too.
         let _ = self.remove();
     }
 }

@@ -333,8 +333,9 @@ impl RestorePlan {
         if self.inherited.contains_key(&format!("socket:[{}]", socket.ino)) {
             return None;
         }
-        let has_peer =
-            |entry: &FileEntry| entry.usk.as_ref().is_some_and(|peer| peer.ino == socket.peer && peer.id != id);
+        let has_peer = |entry: &FileEntry| {
+            entry.usk.as_ref().is_some_and(|peer| (peer.ino, peer.peer) == (socket.peer, socket.ino) && peer.id != id)
+        };
         if unix::is_connected(socket) && socket.peer != 0 && !self.entries.values().any(has_peer) {
             return Some("its other end is not in the set: name its stand-in with --inherit-fd");
         }

@@ -318,7 +318,7 @@ impl RestorePlan {
     /// # Errors
     /// [`RestoreFilesError::Ghost`] for a name that could not be removed.
     pub fn finish(&mut self) -> Result<(), RestoreFilesError> {
-        self.ghosts.remove()
+        self.ghosts.finish()
     }
 
     /// Looks, below `root`, for files that are missing or not what they were; nothing is made. `on_mount` tells whether files

@@ -92,17 +92,18 @@ impl<H> Sockets<H> {
                 Ok(FileEntry { isk: Some(isk.into()), ..entry(FdType::InetSk) })
             }
             libc::AF_UNIX => {
-                let list = match &mut self.unix {
-                    Some(list) => list,
-                    none => none.insert(
-                        UnixSockets::collect(pidfd)
-                            .map_err(|error| Problem::unreadable("the list of sockets", error))?,
-                    ),
+                let listed = self.unix.as_ref().and_then(|list| list.get(inode));
+                let socket = match listed {
+                    Some(socket) => socket,
+                    // The first, or one that a running task has made since the last list.
+                    None => {
+                        let list = UnixSockets::collect(pidfd)
+                            .map_err(|error| Problem::unreadable("the list of sockets", error))?;
+                        let socket = list.get(inode);
+                        self.unix = Some(list);
+                        socket.ok_or_else(|| Problem::new("the kernel does not list this local socket", "try again"))?
+                    }
                 };
-                let socket = list.get(inode).ok_or_else(|| {
-                    // A running task may have made it since.
-                    Problem::new("the kernel does not list this local socket", "try again")
-                })?;
                 let usk = unix::collect_unix(id, inode, socket, &info, duplicate, fown, find_file)?;
                 if unix::is_connected(&usk) {
                     self.ends.insert(inode, (usk.peer, holder));
@@ -138,7 +139,7 @@ impl<H> Sockets<H> {
     pub fn half_outside(&self) -> impl Iterator<Item = (u32, &H)> {
         self.ends
             .iter()
-            .filter(|(_, (peer, _))| *peer != 0 && !self.ends.contains_key(peer))
+            .filter(|(inode, (peer, _))| *peer != 0 && self.ends.get(peer).is_none_or(|(back, _)| back != *inode))
             .map(|(inode, (_, holder))| (*inode, holder))
     }
 
