@@ -62,6 +62,9 @@ pub enum Stage {
 /// Told of stages, with the root.
 pub type Notify<'a> = Box<dyn FnMut(Stage, HostPid) -> Result<(), String> + 'a>;
 
+/// Told of phases that begin.
+pub type Progress<'a> = Box<dyn FnMut(RestorePhase) -> Result<(), String> + 'a>;
+
 /// How to restore.
 #[derive(Default)]
 pub struct RestoreOptions<'a> {
@@ -79,6 +82,8 @@ pub struct RestoreOptions<'a> {
     pub namespaces: RestoreNamespaceOptions,
     /// Called at the stages that scripts know.
     pub notify: Option<Notify<'a>>,
+    /// Called before each phase; its error fails the restore there.
+    pub progress: Option<Progress<'a>>,
     /// Descriptors that stand for objects outside the tree.
     pub inherited: Inherited,
 }
@@ -155,6 +160,24 @@ pub enum RestorePhase {
     Go,
 }
 
+impl RestorePhase {
+    /// All of them, in order.
+    pub const ALL: &'static [Self] = &[
+        Self::Open,
+        Self::Plan,
+        Self::FirstTask,
+        Self::Namespaces,
+        Self::Tree,
+        Self::Exits,
+        Self::Attach,
+        Self::Threads,
+        Self::Seize,
+        Self::Identity,
+        Self::Registers,
+        Self::Go,
+    ];
+}
+
 /// A restore on its way.
 struct Restore<'a> {
     images: &'a ImageSet,
@@ -179,7 +202,9 @@ struct Restore<'a> {
 /// [`RestoreError`]; nothing of the tree is left then.
 pub fn restore(images: &ImageSet, mut options: RestoreOptions<'_>) -> Result<Restored, RestoreError> {
     let mut clock = Clock { phases: Vec::new() };
+    announce(&mut options, RestorePhase::Open)?;
     let checkpoint = clock.phase(RestorePhase::Open, || Checkpoint::read(images))?;
+    announce(&mut options, RestorePhase::Plan)?;
     let decisions = clock.phase(RestorePhase::Plan, || Decisions::make(images, &checkpoint, &mut options))?;
     let mut restore = Restore::new(images, options, &checkpoint, &decisions.plan, decisions.parts)?;
     restore.run(&mut clock)?;
@@ -281,16 +306,26 @@ impl<'a> Restore<'a> {
 
     /// All phases but the first two.
     fn run(&mut self, clock: &mut Clock) -> Result<(), RestoreError> {
-        clock.phase(RestorePhase::FirstTask, || self.first_task())?;
-        clock.phase(RestorePhase::Namespaces, || self.fill_namespaces())?;
-        clock.phase(RestorePhase::Tree, || self.tree())?;
-        clock.phase(RestorePhase::Exits, || self.end_the_dead())?;
-        clock.phase(RestorePhase::Attach, || self.attach())?;
-        clock.phase(RestorePhase::Threads, || self.make_threads())?;
-        clock.phase(RestorePhase::Seize, || self.seize())?;
-        clock.phase(RestorePhase::Identity, || self.restore_identity())?;
-        clock.phase(RestorePhase::Registers, || self.set_registers())?;
-        clock.phase(RestorePhase::Go, || self.resume())
+        self.phase(clock, RestorePhase::FirstTask, Self::first_task)?;
+        self.phase(clock, RestorePhase::Namespaces, Self::fill_namespaces)?;
+        self.phase(clock, RestorePhase::Tree, Self::tree)?;
+        self.phase(clock, RestorePhase::Exits, Self::end_the_dead)?;
+        self.phase(clock, RestorePhase::Attach, Self::attach)?;
+        self.phase(clock, RestorePhase::Threads, Self::make_threads)?;
+        self.phase(clock, RestorePhase::Seize, Self::seize)?;
+        self.phase(clock, RestorePhase::Identity, Self::restore_identity)?;
+        self.phase(clock, RestorePhase::Registers, Self::set_registers)?;
+        self.phase(clock, RestorePhase::Go, Self::resume)
+    }
+
+    fn phase(
+        &mut self,
+        clock: &mut Clock,
+        phase: RestorePhase,
+        work: fn(&mut Self) -> Result<(), RestoreError>,
+    ) -> Result<(), RestoreError> {
+        announce(&mut self.options, phase)?;
+        clock.phase(phase, || work(self))
     }
 
     fn first_task(&mut self) -> Result<(), RestoreError> {
@@ -344,6 +379,12 @@ impl<'a> Restore<'a> {
     fn memory(&self, place: usize) -> &'a MemoryImages {
         self.checkpoint.tasks[place].memory.as_ref().expect("only tasks with memory are asked for it")
     }
+}
+
+/// Tells the caller which phase begins.
+fn announce(options: &mut RestoreOptions<'_>, phase: RestorePhase) -> Result<(), RestoreError> {
+    let Some(progress) = &mut options.progress else { return Ok(()) };
+    progress(phase).map_err(|problem| RestoreError::Caller { what: "the caller ends the restore", problem })
 }
 
 /// Times phases and puts each into a span.
