@@ -11,10 +11,15 @@ cleanup() {
     "$ferry" delete --force "$id" >/dev/null 2>&1 || true
     rm -rf "$work"
 }
-trap cleanup EXIT
+trap cleanup EXIT INT TERM
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 show() { printf '$ %s\n' "${*/#$ferry/ferry}"; "$@"; }
+# The container gets the command's input and output, so these must not be ours.
+show_detached() {
+    printf '$ %s\n' "${*/#$ferry/ferry}"
+    "$@" </dev/null >/dev/null 2>"$work/errors" || { cat "$work/errors" >&2; exit 1; }
+}
 counter() { cat "$work/bundle/rootfs/counter"; }
 
 say "A bundle: busybox and a counter"
@@ -29,7 +34,7 @@ sed -i -e 's/"terminal": true/"terminal": false/' -e 's/"readonly": true/"readon
 ls "$work/bundle"
 
 say "Run it"
-show "$ferry" run --detach "$id" </dev/null >/dev/null 2>&1
+show_detached "$ferry" run --detach "$id"
 until [ -s rootfs/counter ] && [ "$(counter)" -ge 10 ]; do sleep 0.05; done
 show "$ferry" list
 echo "the counter shows $(counter)"
@@ -53,7 +58,7 @@ if [ "$(counter)" != "$stopped" ]; then
 fi
 
 say "Restore it"
-show "$ferry" restore --detach "$id" </dev/null >/dev/null 2>&1
+show_detached "$ferry" restore --detach "$id"
 for _ in $(seq 100); do
     [ "$(counter)" -gt "$stopped" ] && break
     sleep 0.05

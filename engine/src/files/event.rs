@@ -84,8 +84,13 @@ pub fn restore_timerfd(session: &mut Session<'_>, entry: &TimerfdEntry, cloexec:
 pub fn arm_timerfd(session: &mut Session<'_>, entry: &TimerfdEntry, fd: u32) -> Done {
     const NANOSECONDS: u64 = 1_000_000_000;
     session.about(entry.id);
-    if entry.vsec != 0 || entry.vnsec != 0 {
+    // A periodic timer that has expired has no time left, and runs on when its expirations are read (fs/timerfd.c).
+    let is_due = entry.ticks != 0 && (entry.isec, entry.insec) != (0, 0);
+    if is_due || entry.vsec != 0 || entry.vnsec != 0 {
         let (mut seconds, mut nanoseconds) = (entry.vsec, entry.vnsec);
+        if seconds == 0 && nanoseconds == 0 {
+            nanoseconds = 1;
+        }
         if entry.settime_flags & libc::TFD_TIMER_ABSTIME as u32 != 0 {
             let now = session.ask("read its clock", libc::SYS_clock_gettime, &[entry.clockid.into()], 16)?;
             let word = |at: usize| u64::from_ne_bytes(now[at..at + 8].try_into().unwrap_or_default());

@@ -138,6 +138,7 @@ impl Restore<'_> {
         if !batch.is_empty() {
             checks.verify(thread.host, &batch.run()?)?;
         }
+        identity::restore_oom_score_adj(thread.host, images.process().oom_score_adj)?;
         if let Some(timers) = &images.process().timers {
             timers::arm_timers(thread.runner, timers)?;
         }
