@@ -18,7 +18,7 @@ show() { printf '$ %s\n' "${*/#$ferry/ferry}"; "$@"; }
 # The container gets the command's input and output, so these must not be ours.
 show_detached() {
     printf '$ %s\n' "${*/#$ferry/ferry}"
-    "$@" </dev/null >/dev/null 2>"$work/errors" || { cat "$work/errors" >&2; exit 1; }
+    "$1" --log "$work/log" "${@:2}" </dev/null >/dev/null 2>&1 || { cat "$work/log" >&2; exit 1; }
 }
 counter() { cat "$work/bundle/rootfs/counter"; }
 
