@@ -11,7 +11,6 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use tracing::{debug, info, info_span};
 
@@ -236,18 +235,9 @@ fn end(tree: &StoppedTree) -> Result<(), DumpError> {
             Err(errno) => return Err(DumpError::Kill { pid: process.pid, errno }),
         }
     }
-    // A leader can be waited for only when its other threads are gone, and the first process of a pid namespace only when
-    // all others are.
-    for process in tree.processes.iter().rev() {
-        for thread in process.threads.iter().rev() {
-            while let Ok(status) = waitpid(Pid::from_raw(thread.tid.0), Some(WaitPidFlag::__WALL)) {
-                use nix::sys::wait::WaitStatus::{Exited, Signaled};
-                if matches!(status, Exited(..) | Signaled(..)) {
-                    break;
-                }
-            }
-        }
-    }
+    ptrace::reap(
+        tree.processes.iter().rev().flat_map(|process| process.threads.iter().rev().map(|thread| thread.tid)).collect(),
+    );
     Ok(())
 }
 

@@ -176,14 +176,9 @@ impl LiveTree {
             }
         }
         if self.traced {
-            // A traced thread stays until its tracer has seen its end; a leader ends after its threads, the init of a pid
-            // namespace after all in it.
-            let tasks: Vec<_> = self.living().map(|(_, task)| task).collect();
-            for task in tasks.into_iter().rev() {
-                for (_, tid, _) in task.all_threads().skip(1).chain(task.all_threads().take(1)) {
-                    let _ = waitpid(Pid::from_raw(tid.0), Some(WaitPidFlag::__WALL));
-                }
-            }
+            // A traced thread stays until its tracer has seen its end.
+            let threads = self.living().flat_map(|(_, task)| task.all_threads().map(|(_, tid, _)| tid));
+            crate::sys::ptrace::reap(threads.collect());
         }
         for (pid, task) in &tasks {
             if let Err(errno) = pidfd::wait_gone(task.as_fd(), Duration::from_secs(10)) {

@@ -127,6 +127,24 @@ pub fn wait_interrupted(tid: HostPid) -> nix::Result<Stop> {
     }
 }
 
+/// Waits until every one of these traced threads, which have been killed, has ended.
+///
+/// In no order, since they wait for each other: a leader's end is told when its other threads have been waited for, and the last
+/// thread of a pid namespace's first process, whichever that is, ends when every other id of the namespace is free, those of
+/// traced zombies included (kernel/pid_namespace.c, zap_pid_ns_processes).
+pub fn reap(mut tids: Vec<HostPid>) {
+    while !tids.is_empty() {
+        let before = tids.len();
+        tids.retain(|tid| {
+            let status = waitpid(Pid::from_raw(tid.0), Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
+            !matches!(status, Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(_))
+        });
+        if tids.len() == before {
+            std::thread::sleep(std::time::Duration::from_micros(100));
+        }
+    }
+}
+
 /// The thread's general registers.
 pub fn registers(tid: HostPid) -> nix::Result<libc::user_regs_struct> {
     let mut registers = MaybeUninit::<libc::user_regs_struct>::uninit();
