@@ -74,7 +74,12 @@ impl Init {
             unshare(flags).expect("unshare");
             rustix::system::sethostname(b"ferry-test").expect("sethostname");
             fs::write("/proc/sys/kernel/msgmax", "12345").expect("msgmax");
+            // Longer than the first read of a careless reader.
+            fs::write("/proc/sys/kernel/sem", "1152148432 1822890469 1214363175 6929").expect("sem");
             fs::write("/proc/sys/net/ipv4/conf/default/rp_filter", "2").expect("rp_filter");
+            // Forwarding resets the other.
+            fs::write("/proc/sys/net/ipv4/conf/all/forwarding", "1").expect("forwarding");
+            fs::write("/proc/sys/net/ipv4/conf/all/accept_redirects", "1").expect("accept_redirects");
             for arguments in [&["link", "set", "lo", "up"][..], &["addr", "add", "10.9.8.7/32", "dev", "lo"]] {
                 assert!(Command::new("ip").args(arguments).status().expect("ip").success());
             }
@@ -236,8 +241,13 @@ fn names_and_limits(task: &TaskRef) -> Vec<String> {
     let flags = CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWNET;
     inside(task, flags, || {
         let mut seen = vec![rustix::system::uname().nodename().to_string_lossy().into_owned()];
-        for file in ["kernel/msgmax", "kernel/sem", "net/ipv4/conf/default/rp_filter", "net/ipv4/conf/lo/rp_filter"] {
-            seen.push(fs::read_to_string(format!("/proc/sys/{file}")).expect(file));
+        for file in ["kernel/msgmax", "kernel/sem"] {
+            let mut text = [0; 100];
+            let length = std::io::Read::read(&mut fs::File::open(format!("/proc/sys/{file}")).expect(file), &mut text);
+            seen.push(String::from_utf8_lossy(&text[..length.expect(file)]).into_owned());
+        }
+        for name in ["default/rp_filter", "lo/rp_filter", "all/forwarding", "all/accept_redirects"] {
+            seen.push(fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}")).expect(name));
         }
         let output = Command::new("ip").args(["-o", "addr"]).output().expect("ip");
         seen.push(String::from_utf8_lossy(&output.stdout).into_owned());

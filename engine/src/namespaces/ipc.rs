@@ -2,13 +2,13 @@
 //!
 //! `/proc/sys` and `/proc/sysvipc` show the namespace of the thread that opens them.
 
-use std::fmt::Display;
 use std::fs;
 use std::io;
 
 use rustix::fs::{Dir, Mode, OFlags, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
+use super::sysctl::Folder;
 use crate::images::ipc::IpcVarEntry;
 
 /// The limits and the names of all objects in the calling thread's namespace.
@@ -22,39 +22,32 @@ pub(super) fn collect() -> io::Result<Ipc> {
     Ok(Ipc { limits: limits()?, objects: objects()? })
 }
 
-fn read<T: std::str::FromStr + Default>(name: &str) -> io::Result<T> {
-    let malformed = || io::Error::new(io::ErrorKind::InvalidData, format!("/proc/sys/{name} is no number"));
-    match fs::read_to_string(format!("/proc/sys/{name}")) {
-        Ok(text) => text.trim().parse().map_err(|_| malformed()),
-        // What this kernel lacks nobody has changed.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(T::default()),
-        Err(error) => Err(error),
-    }
-}
-
 fn limits() -> io::Result<IpcVarEntry> {
-    let semaphores = fs::read_to_string("/proc/sys/kernel/sem")?;
+    let (kernel, mqueue) = (Folder::open("kernel")?, Folder::open("fs/mqueue")?);
     // -1 where no id was asked for (`CONFIG_CHECKPOINT_RESTORE`).
-    let next_id =
-        |name: &str| -> io::Result<Option<u32>> { Ok(u32::try_from(read::<i32>(name)?).ok().filter(|id| *id > 0)) };
+    let next_id = |name: &str| -> io::Result<Option<u32>> {
+        Ok(kernel.number::<i32>(name)?.and_then(|id| u32::try_from(id).ok()).filter(|id| *id > 0))
+    };
+    let number = |folder: &Folder, name: &str| -> io::Result<u32> { Ok(folder.number(name)?.unwrap_or_default()) };
+    let semaphores = kernel.get("sem")?.unwrap_or_default();
     Ok(IpcVarEntry {
         sem_ctls: semaphores.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect(),
-        msg_ctlmax: read("kernel/msgmax")?,
-        msg_ctlmnb: read("kernel/msgmnb")?,
-        msg_ctlmni: read("kernel/msgmni")?,
-        auto_msgmni: read("kernel/auto_msgmni")?,
-        shm_ctlmax: read("kernel/shmmax")?,
-        shm_ctlall: read("kernel/shmall")?,
-        shm_ctlmni: read("kernel/shmmni")?,
-        shm_rmid_forced: read("kernel/shm_rmid_forced")?,
-        mq_queues_max: read("fs/mqueue/queues_max")?,
-        mq_msg_max: read("fs/mqueue/msg_max")?,
-        mq_msgsize_max: read("fs/mqueue/msgsize_max")?,
-        mq_msg_default: Some(read("fs/mqueue/msg_default")?),
-        mq_msgsize_default: Some(read("fs/mqueue/msgsize_default")?),
-        msg_next_id: next_id("kernel/msg_next_id")?,
-        sem_next_id: next_id("kernel/sem_next_id")?,
-        shm_next_id: next_id("kernel/shm_next_id")?,
+        msg_ctlmax: number(&kernel, "msgmax")?,
+        msg_ctlmnb: number(&kernel, "msgmnb")?,
+        msg_ctlmni: number(&kernel, "msgmni")?,
+        auto_msgmni: number(&kernel, "auto_msgmni")?,
+        shm_ctlmax: kernel.number("shmmax")?.unwrap_or_default(),
+        shm_ctlall: kernel.number("shmall")?.unwrap_or_default(),
+        shm_ctlmni: number(&kernel, "shmmni")?,
+        shm_rmid_forced: number(&kernel, "shm_rmid_forced")?,
+        mq_queues_max: number(&mqueue, "queues_max")?,
+        mq_msg_max: number(&mqueue, "msg_max")?,
+        mq_msgsize_max: number(&mqueue, "msgsize_max")?,
+        mq_msg_default: mqueue.number("msg_default")?,
+        mq_msgsize_default: mqueue.number("msgsize_default")?,
+        msg_next_id: next_id("msg_next_id")?,
+        sem_next_id: next_id("sem_next_id")?,
+        shm_next_id: next_id("shm_next_id")?,
     })
 }
 
@@ -99,38 +92,30 @@ fn queues() -> io::Result<Vec<String>> {
 
 /// Gives the calling thread's namespace the limits, where they differ.
 pub(super) fn restore(limits: &IpcVarEntry) -> io::Result<()> {
-    let current = self::limits()?;
-    let join = |numbers: &[u32]| numbers.iter().map(u32::to_string).collect::<Vec<_>>().join("\t");
-    write_changed("kernel/sem", join(&current.sem_ctls), join(&limits.sem_ctls))?;
-    write_changed("kernel/msgmax", current.msg_ctlmax, limits.msg_ctlmax)?;
-    write_changed("kernel/msgmnb", current.msg_ctlmnb, limits.msg_ctlmnb)?;
-    write_changed("kernel/msgmni", current.msg_ctlmni, limits.msg_ctlmni)?;
-    write_changed("kernel/shmmax", current.shm_ctlmax, limits.shm_ctlmax)?;
-    write_changed("kernel/shmall", current.shm_ctlall, limits.shm_ctlall)?;
-    write_changed("kernel/shmmni", current.shm_ctlmni, limits.shm_ctlmni)?;
-    write_changed("kernel/shm_rmid_forced", current.shm_rmid_forced, limits.shm_rmid_forced)?;
-    write_changed("fs/mqueue/queues_max", current.mq_queues_max, limits.mq_queues_max)?;
-    write_changed("fs/mqueue/msg_max", current.mq_msg_max, limits.mq_msg_max)?;
-    write_changed("fs/mqueue/msgsize_max", current.mq_msgsize_max, limits.mq_msgsize_max)?;
-    let optional = [
-        ("fs/mqueue/msg_default", current.mq_msg_default, limits.mq_msg_default),
-        ("fs/mqueue/msgsize_default", current.mq_msgsize_default, limits.mq_msgsize_default),
-        ("kernel/msg_next_id", current.msg_next_id, limits.msg_next_id),
-        ("kernel/sem_next_id", current.sem_next_id, limits.sem_next_id),
-        ("kernel/shm_next_id", current.shm_next_id, limits.shm_next_id),
+    let (kernel, mqueue) = (Folder::open("kernel")?, Folder::open("fs/mqueue")?);
+    let semaphores = limits.sem_ctls.iter().map(u32::to_string).collect::<Vec<_>>().join("\t");
+    let numbers = [
+        (&kernel, "msgmax", Some(limits.msg_ctlmax.into())),
+        (&kernel, "msgmnb", Some(limits.msg_ctlmnb.into())),
+        (&kernel, "msgmni", Some(limits.msg_ctlmni.into())),
+        (&kernel, "shmmax", Some(limits.shm_ctlmax)),
+        (&kernel, "shmall", Some(limits.shm_ctlall)),
+        (&kernel, "shmmni", Some(limits.shm_ctlmni.into())),
+        (&kernel, "shm_rmid_forced", Some(limits.shm_rmid_forced.into())),
+        (&mqueue, "queues_max", Some(limits.mq_queues_max.into())),
+        (&mqueue, "msg_max", Some(limits.mq_msg_max.into())),
+        (&mqueue, "msgsize_max", Some(limits.mq_msgsize_max.into())),
+        (&mqueue, "msg_default", limits.mq_msg_default.map(u64::from)),
+        (&mqueue, "msgsize_default", limits.mq_msgsize_default.map(u64::from)),
+        (&kernel, "msg_next_id", limits.msg_next_id.map(u64::from)),
+        (&kernel, "sem_next_id", limits.sem_next_id.map(u64::from)),
+        (&kernel, "shm_next_id", limits.shm_next_id.map(u64::from)),
     ];
-    for (name, current, wanted) in optional {
-        if let Some(wanted) = wanted {
-            write_changed(name, current.unwrap_or(u32::MAX), wanted)?;
+    kernel.set_changed("sem", &semaphores)?;
+    for (folder, name, value) in numbers {
+        if let Some(value) = value {
+            folder.set_changed(name, &value.to_string())?;
         }
     }
     Ok(())
-}
-
-fn write_changed<T: PartialEq + Display>(name: &str, current: T, wanted: T) -> io::Result<()> {
-    if current == wanted {
-        return Ok(());
-    }
-    fs::write(format!("/proc/sys/{name}"), wanted.to_string())
-        .map_err(|error| io::Error::new(error.kind(), format!("cannot set {name} to {wanted}: {error}")))
 }

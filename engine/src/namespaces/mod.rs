@@ -7,6 +7,7 @@
 //! | `kind` | the kinds of namespaces and how images number them |
 //! | `mountinfo` | [`MountTable`]: the mounts that a process sees |
 //! | `mounts/`, `net/`, `ipc`, `uts`, `time` | one kind each, both halves |
+//! | `sysctl` | settings |
 //! | `external` | what lies outside, as command lines name it |
 //! | `enter` | a thread that looks at a namespace from inside |
 //!
@@ -22,6 +23,7 @@ mod mountinfo;
 mod mounts;
 mod net;
 mod plan;
+mod sysctl;
 mod time;
 mod uts;
 

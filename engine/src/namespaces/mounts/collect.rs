@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use rustix::fs::{AtFlags, CWD, StatxFlags, fstat, statx};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
+use super::order::{HIDDEN_PEER, hidden_peers, order};
 use super::record::Record;
 use super::source::{self, Source};
 use super::{Finding, pack};
@@ -73,7 +74,20 @@ impl Mounts {
     }
 
     fn find_sources(&mut self, root: usize, table: &MountTable, findings: &mut Vec<Finding>) {
-        for (place, source) in source::sources(&self.records, root).into_iter().enumerate() {
+        let found = source::sources(&self.records, root);
+        let refuse = |place: usize, problem: &str| Finding {
+            object: self.records[place].name(),
+            problem: problem.into(),
+            remedy: "unmount what hides it".into(),
+        };
+        findings.extend(hidden_peers(&self.records).into_iter().map(|place| refuse(place, HIDDEN_PEER)));
+        // With all sources known, a restore must find an order.
+        if let Ok(sources) = found.iter().cloned().collect::<Result<Vec<_>, _>>()
+            && let Err(place) = order(&self.records, root, &sources)
+        {
+            findings.push(refuse(place, "it can be reached neither before nor after what hides it"));
+        }
+        for (place, source) in found.into_iter().enumerate() {
             let record = &self.records[place];
             let mut finding = |problem: String, remedy: String| {
                 findings.push(Finding { object: record.name(), problem, remedy });

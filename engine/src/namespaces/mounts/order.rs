@@ -3,6 +3,8 @@
 //! A mount comes after its parent, after what it is bound from, and after everything that it will hide: its brothers whose
 //! mount points lie at or below its own, with all that is mounted on them.
 
+use std::collections::HashSet;
+
 use super::record::Record;
 use super::source::Source;
 
@@ -83,6 +85,19 @@ pub fn is_visible(mounts: &[Record], place: usize) -> bool {
         }
         _ => true,
     }
+}
+
+/// What is wrong with [`hidden_peers`].
+pub const HIDDEN_PEER: &str = "it is shared or unbindable, and hidden by another mount";
+
+/// Mounts whose propagation cannot be set at the end, since they cannot be reached then.
+pub fn hidden_peers(mounts: &[Record]) -> Vec<usize> {
+    let groups: HashSet<u32> = mounts.iter().filter_map(|record| record.mount.shared).collect();
+    let concerned = |record: &Record| {
+        let mount = &record.mount;
+        mount.shared.is_some() || mount.unbindable || mount.master.is_some_and(|master| groups.contains(&master))
+    };
+    (0..mounts.len()).filter(|place| concerned(&mounts[*place]) && !is_visible(mounts, *place)).collect()
 }
 
 #[cfg(test)]

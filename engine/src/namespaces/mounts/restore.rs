@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 
 use super::Finding;
-use super::order::{is_visible, order};
+use super::order::{HIDDEN_PEER, hidden_peers, order};
 use super::record::Record;
 use super::script::{Script, StepError};
 use super::source::{self, Source};
@@ -176,11 +176,9 @@ impl MountPlan {
                     find(record, problem, format!("create it in {}", self.root_path.display()));
                 }
             }
-            if (record.mount.shared.is_some() || record.mount.unbindable || self.has_inner_master(place))
-                && !is_visible(&self.mounts, place)
-            {
-                find(record, "it is shared, and hidden by another mount".into(), String::new());
-            }
+        }
+        for place in hidden_peers(&self.mounts) {
+            find(&self.mounts[place], HIDDEN_PEER.into(), String::new());
         }
         self.findings.extend(findings);
     }

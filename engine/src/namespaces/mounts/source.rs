@@ -1,13 +1,14 @@
 //! Where each mount comes from when it is made again. Dump and restore ask the same question, so that a dump refuses
 //! what a restore could not make.
 //!
-//! Two mounts show one file system when their device numbers are equal. Of a file system that a restore makes new, the first
-//! mount that shows all of it is made, and the others are bound from it.
+//! Two mounts show one file system when their device numbers are equal. Of a file system that a restore makes new, one mount
+//! that shows all of it is made, and the others are bound from it.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use super::record::Record;
+use crate::namespaces::mountinfo::Device;
 
 /// Where a mount comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,11 +94,15 @@ pub fn root(mounts: &[Record]) -> Result<usize, String> {
 /// The source of every mount; `root` is the root's place.
 pub fn sources(mounts: &[Record], root: usize) -> Vec<Result<Source, NoSource>> {
     let makes_new = |record: &Record| record.external.is_none() && NEW.contains(&record.mount.fs_type.as_str());
-    // The first whole mount of each file system that is made new.
-    let mut first = HashMap::new();
-    for (place, record) in mounts.iter().enumerate() {
+    // Of each file system that is made new, the whole mount that is made: the one with the fewest others below it, so that
+    // none of those is bound from it; then the one that was mounted first, which lists of mounts have last.
+    let mut first: HashMap<Device, usize> = HashMap::new();
+    for (place, record) in mounts.iter().enumerate().rev() {
         if place != root && makes_new(record) && record.mount.is_whole() {
-            first.entry(record.mount.device).or_insert(place);
+            let chosen = first.entry(record.mount.device).or_insert(place);
+            if depth(mounts, place) < depth(mounts, *chosen) {
+                *chosen = place;
+            }
         }
     }
     let given: Vec<usize> =
@@ -151,10 +156,23 @@ pub fn sources(mounts: &[Record], root: usize) -> Vec<Result<Source, NoSource>> 
     (0..mounts.len()).map(find).collect()
 }
 
+/// How many mounts lie below one, to the root.
+fn depth(mounts: &[Record], place: usize) -> usize {
+    let mut depth = 0;
+    let mut record = &mounts[place];
+    while let Some(parent) = mounts.iter().find(|other| other.mount.id == record.mount.parent)
+        && depth < mounts.len()
+    {
+        record = parent;
+        depth += 1;
+    }
+    depth
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::namespaces::mountinfo::{Device, Mount};
+    use crate::namespaces::mountinfo::Mount;
 
     /// One record per `(id, parent, device, root, point, type)`.
     pub fn records(list: &[(i32, i32, u32, &str, &str, &str)]) -> Vec<Record> {

@@ -3,12 +3,9 @@
 //! Images hold them as lists whose order is the format's; a setting that a kernel lacks has no value.
 
 use std::io;
-use std::os::fd::OwnedFd;
-
-use rustix::fs::{CWD, Mode, OFlags, openat};
-use rustix::io::Errno;
 
 use crate::images::net::{NetnsEntry, SysctlEntry, SysctlType};
+use crate::namespaces::sysctl::{Folder, LONGEST};
 
 /// `net/ipv4/conf/LINK/…`, in the format's order.
 const IPV4: &[&str] = &[
@@ -24,7 +21,7 @@ const IPV4: &[&str] = &[
     "disable_policy",
     "disable_xfrm",
     "force_igmp_version",
-    "forwarding",
+    FORWARDING,
     "igmpv2_unsolicited_report_interval",
     "igmpv3_unsolicited_report_interval",
     "log_martians",
@@ -64,7 +61,7 @@ const IPV6: &[&str] = &[
     "drop_unsolicited_na",
     "force_mld_version",
     "force_tllao",
-    "forwarding",
+    FORWARDING,
     "hop_limit",
     "ignore_routes_with_linkdown",
     "keep_addr_on_down",
@@ -90,12 +87,10 @@ const IPV6: &[&str] = &[
     "use_tempaddr",
 ];
 
-/// Reading it fails until it is set.
+const FORWARDING: &str = "forwarding";
 const STABLE_SECRET: &str = "stable_secret";
 const UNIX: &[&str] = &["max_dgram_qlen"];
 const IPV4_OTHER: &[&str] = &["ping_group_range"];
-/// No value is longer, as text.
-const LONGEST: usize = 256;
 
 /// The settings of one link, or of `all` or `default`.
 pub(super) fn link(family: Family, link: &str) -> io::Result<Vec<SysctlEntry>> {
@@ -153,75 +148,33 @@ pub(super) fn restore(entry: &NetnsEntry) -> io::Result<()> {
     write_all("net/ipv4", IPV4_OTHER, &entry.ipv4_sysctl)
 }
 
-/// A folder of settings, of which there are hundreds: each costs three system calls, and looking up one name.
-struct Folder {
-    name: String,
-    open: Option<OwnedFd>,
-}
-
-impl Folder {
-    /// One that this kernel lacks has no settings.
-    fn open(name: String) -> io::Result<Self> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        match openat(CWD, format!("/proc/sys/{name}"), flags, Mode::empty()) {
-            Ok(open) => Ok(Self { name, open: Some(open) }),
-            Err(Errno::NOENT) => Ok(Self { name, open: None }),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn get(&self, setting: &str) -> io::Result<Option<String>> {
-        let Some(open) = &self.open else { return Ok(None) };
-        let mut text = [0; LONGEST];
-        let read = openat(open, setting, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .and_then(|file| rustix::io::read(file, &mut text));
-        match read {
-            Ok(length) => Ok(Some(String::from_utf8_lossy(&text[..length]).trim_end().to_owned())),
-            Err(Errno::NOENT) => Ok(None),
-            Err(_) if setting == STABLE_SECRET => Ok(None),
-            Err(error) => Err(self.failed("read", setting, error)),
-        }
-    }
-
-    fn set(&self, setting: &str, value: &str) -> io::Result<()> {
-        let Some(open) = &self.open else { return Ok(()) };
-        let written = openat(open, setting, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
-            .and_then(|file| rustix::io::write(file, value.as_bytes()));
-        match written {
-            // What this kernel lacks cannot matter to it.
-            Ok(_) | Err(Errno::NOENT) => Ok(()),
-            Err(error) => Err(self.failed(&format!("set to {value}"), setting, error)),
-        }
-    }
-
-    fn failed(&self, what: &str, setting: &str, error: Errno) -> io::Error {
-        let error = io::Error::from(error);
-        io::Error::new(error.kind(), format!("cannot {what}: {}/{setting}: {error}", self.name))
-    }
-}
-
 fn read_all(folder: &str, names: &[&str]) -> io::Result<Vec<SysctlEntry>> {
-    let folder = Folder::open(folder.to_owned())?;
+    let folder = Folder::open(folder)?;
     let entry = |name: &&str| {
-        let text = folder.get(name)?;
-        Ok(if *name == STABLE_SECRET || IPV4_OTHER.contains(name) {
-            SysctlEntry { r#type: SysctlType::CtlStr.into(), iarg: None, sarg: text }
-        } else {
-            SysctlEntry { r#type: SysctlType::Ctl32.into(), iarg: text.and_then(|text| text.parse().ok()), sarg: None }
+        Ok(match *name {
+            // Reading it fails until it is set.
+            STABLE_SECRET => text_entry(folder.get(name).unwrap_or_default()),
+            name if IPV4_OTHER.contains(&name) => text_entry(folder.get(name)?),
+            name => SysctlEntry { r#type: SysctlType::Ctl32.into(), iarg: folder.number(name)?, sarg: None },
         })
     };
     names.iter().map(entry).collect()
 }
 
+fn text_entry(text: Option<String>) -> SysctlEntry {
+    SysctlEntry { r#type: SysctlType::CtlStr.into(), iarg: None, sarg: text }
+}
+
 fn write_all(folder: &str, names: &[&str], entries: &[SysctlEntry]) -> io::Result<()> {
-    let folder = Folder::open(folder.to_owned())?;
+    let folder = Folder::open(folder)?;
     // Later versions of the format only ever append settings.
-    for (name, entry) in names.iter().zip(entries) {
+    let mut settings: Vec<(&str, &SysctlEntry)> = names.iter().copied().zip(entries).collect();
+    // Whether packets are forwarded changes what other settings are, and so comes first.
+    settings.sort_by_key(|(name, _)| *name != FORWARDING);
+    for (name, entry) in settings {
         let wanted = entry.iarg.map(|number| number.to_string()).or_else(|| entry.sarg.clone());
-        let Some(wanted) = wanted.filter(|wanted| !wanted.is_empty() && wanted.len() < LONGEST) else { continue };
-        let current = folder.get(name)?.unwrap_or_default();
-        if !current.split_ascii_whitespace().eq(wanted.split_ascii_whitespace()) {
-            folder.set(name, &wanted)?;
+        if let Some(wanted) = wanted.filter(|wanted| !wanted.is_empty() && wanted.len() < LONGEST) {
+            folder.set_changed(name, &wanted)?;
         }
     }
     Ok(())
