@@ -213,6 +213,35 @@ fn relatives_share_what_they_shared() {
 }
 
 #[test]
+fn a_table_without_gaps_leaves_room_to_make_its_last_descriptor() {
+    let scratch = Scratch::new("dense");
+    let path = scratch.path("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    // Numbers 0, 1, 2 and 3; the FIFO takes two at a time to open.
+    let fifo = rustix::fs::open(&path, OFlags::RDWR, Mode::empty()).unwrap();
+    let entries = |dump: &ferry_engine::files::FilesDump, highest: u32| {
+        let mut entries = dump.fdinfo[0].1.clone();
+        entries.iter_mut().filter(|entry| entry.fd > 2).for_each(|entry| entry.fd = 3);
+        entries.retain(|entry| entry.fd <= highest);
+        ferry_engine::images::encode(ferry_engine::images::Kind::Fdinfo, &entries)
+    };
+    let holders = [Holder::start(&[fifo.as_fd()]), Holder::start(&[])];
+    let mut collector = ferry_engine::files::FilesCollector::new(holders[0].pid(), FilesOptions::default()).unwrap();
+    let tables = holders.each_ref().map(|holder| collector.add_task(&holder.task()));
+    assert_eq!(tables, [2, 3]);
+    let dump = collector.finish();
+    let mut images = images(&dump);
+    images.insert("fdinfo-2.img".into(), entries(&dump, 3));
+    // The other process has what the first has at 0 to 2, so that these wait above to be placed.
+    images.insert("fdinfo-3.img".into(), entries(&dump, 2));
+    let mut plan = plan(&images, &[(None, 2), (Some(0), 3)], Inherited::new()).unwrap();
+    let tasks = Tasks::restore(&mut plan, &[0]).unwrap();
+    assert_eq!(tasks.numbers(0), [0, 1, 2, 3]);
+    assert_eq!(tasks.numbers(1), [0, 1, 2]);
+    assert_eq!(tasks.link(0, 3), path);
+}
+
+#[test]
 fn changed_and_missing_files_are_named() {
     let scratch = Scratch::new("changed");
     std::fs::write(scratch.path("grown"), b"1").unwrap();

@@ -93,6 +93,9 @@ pub struct RestoreTask {
 /// `socket:[INO]`, `file[MNT:INO]`, a path without its first slash), or a name of the caller's own.
 pub type Inherited = BTreeMap<String, OwnedFd>;
 
+/// How many descriptors the making of a unit needs at most besides its members: the other ends of pipes and FIFOs, a directory.
+const SPARE: u32 = 4;
+
 /// What is made as one, and by whom.
 pub(super) struct Unit {
     /// Descriptions, by id.
@@ -207,7 +210,7 @@ impl RestorePlan {
         Ok(plan)
     }
 
-    /// The lowest number that no task uses in the end.
+    /// The lowest number from which on no task uses any in the end.
     pub fn base(&self) -> u32 {
         self.base
     }
@@ -396,8 +399,10 @@ impl RestorePlan {
                 unit.members.push(*id);
             }
         }
-        self.base = highest + 1;
         self.units = units.into_values().collect();
+        // What is being made may need numbers above the highest when all below are taken; nothing may wait there.
+        let members = self.units.iter().map(|unit| unit.members.len()).max().unwrap_or(0) as u32;
+        self.base = highest + 1 + members + SPARE;
         self.units.sort_by_key(|unit| unit.lowest);
         let mut next = self.base;
         for key in self.inherited.keys() {
@@ -519,8 +524,13 @@ mod tests {
         let plan = plan(&[pipe(10, 7), pipe(11, 7), eventfd(12)], &tables, tasks).expect("a plan");
         let units: Vec<_> = plan.units.iter().map(|unit| (unit.members.clone(), unit.task, unit.private)).collect();
         assert_eq!(units, [(vec![10, 11], 1, false), (vec![12], 3, true)]);
-        assert_eq!(plan.base(), 10);
-        assert_eq!((plan.waiting.get(&10), plan.waiting.get(&11), plan.waiting.get(&12)), (Some(&10), Some(&11), None));
+        // Above the highest number, 9, there is room for two members and what else their making needs.
+        let base = plan.base();
+        assert_eq!(base, 9 + 1 + 2 + SPARE);
+        assert_eq!(
+            (plan.waiting.get(&10), plan.waiting.get(&11), plan.waiting.get(&12)),
+            (Some(&base), Some(&(base + 1)), None)
+        );
     }
 
     #[test]
