@@ -8,14 +8,14 @@ mod tenant;
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use ferry_hooks::Stage;
 use libcontainer::container::ContainerStatus;
 use libcontainer::notify_socket::{NOTIFY_FILE, NotifyListener, NotifySocket};
-use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::container_main_process;
 use libcontainer::syscall::syscall::{SyscallType, create_syscall};
@@ -181,6 +181,7 @@ pub fn create(
     let spec = bundle.spec_with_cgroup(&cgroup);
     let new = NewContainer::claim(root, id, &bundle.directory, &spec, cgroup)?;
     let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+    let has_own_network = makes_network(&spec);
     let pid = main_process(ProcessPlan {
         kind: ContainerType::InitContainer,
         spec: Rc::new(spec),
@@ -191,7 +192,30 @@ pub fn create(
         no_pivot,
         passed,
     })?;
-    Ok(new.keep(pid, ContainerStatus::Created)?)
+    let container = new.keep(pid, ContainerStatus::Created)?;
+    if has_own_network {
+        raise_loopback(pid).map_err(|error| {
+            let left = crate::lifecycle::delete::destroy(&container).err();
+            let left = left.map(|left| format!("; and the container could not be removed: {left}")).unwrap_or_default();
+            LaunchError::Process { reason: format!("cannot raise its loopback link: {error}{left}") }
+        })?;
+    }
+    Ok(container)
+}
+
+/// Whether the container gets a network namespace that nobody has set up before.
+fn makes_network(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let is_new =
+        |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none();
+    namespaces.is_some_and(|all| all.iter().any(is_new))
+}
+
+/// Raises the loopback link of a new container, as runc does.
+fn raise_loopback(pid: i32) -> io::Result<()> {
+    let pid = rustix::process::Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
+    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+    ferry_engine::namespaces::raise_loopback(pidfd.as_fd())
 }
 
 /// Every descriptor that is to be passed on must be open: what took its number later would be passed on instead.

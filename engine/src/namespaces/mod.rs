@@ -33,4 +33,5 @@ pub use kind::{NamespaceIds, NamespaceKind};
 pub use mountinfo::{Device, ImagePath, Mount, MountTable};
 pub use mounts::RestoreMountsError;
 pub(crate) use net::netlink;
+pub use net::raise_loopback;
 pub use plan::{NamespaceObstacle, PlanNamespacesError, RestoreNamespaceOptions, RestoreNamespacesError, RestorePlan};

@@ -7,10 +7,12 @@ pub(crate) mod netlink;
 mod settings;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use netlink::{Message, NLM_F_CREATE, Netlink};
 use settings::Family;
 
+use super::kind::NamespaceKind;
 use crate::images::net::{NdType, NetDeviceEntry, NetnsEntry};
 
 /// Begins an image of addresses.
@@ -198,12 +200,29 @@ fn load(image: &[u8], magic: u32, kind: u16, what: &str) -> io::Result<Vec<Messa
     Ok(messages.into_iter().filter(|message| message.kind == kind && !by_kernel(message)).collect())
 }
 
-fn restore_loopback(socket: &mut Netlink, link: &NetDeviceEntry) -> io::Result<()> {
+/// The body of a request that raises a link, or takes it down.
+fn link_request(index: u32, up: bool) -> Vec<u8> {
     // struct ifinfomsg: family, padding, type, index, flags, which flags to change.
     let mut body = vec![0; LINK_BODY];
-    body[4..8].copy_from_slice(&link.ifindex.to_ne_bytes());
-    body[8..12].copy_from_slice(&(link.flags & libc::IFF_UP as u32).to_ne_bytes());
+    body[4..8].copy_from_slice(&index.to_ne_bytes());
+    body[8..12].copy_from_slice(&(if up { libc::IFF_UP as u32 } else { 0 }).to_ne_bytes());
     body[12..16].copy_from_slice(&(libc::IFF_UP as u32).to_ne_bytes());
+    body
+}
+
+/// Raises the loopback link of the network namespace of the task behind `pidfd`. In a new namespace it is down.
+///
+/// # Errors
+/// Those of setns(2) and of rtnetlink(7).
+pub fn raise_loopback(pidfd: BorrowedFd<'_>) -> io::Result<()> {
+    /// The number that it has in every namespace.
+    const LOOPBACK: u32 = 1;
+    let raise = || Netlink::route()?.request(RTM_SETLINK, 0, &link_request(LOOPBACK, true)).map(drop);
+    super::enter::visit(pidfd, &[NamespaceKind::Net], raise)?
+}
+
+fn restore_loopback(socket: &mut Netlink, link: &NetDeviceEntry) -> io::Result<()> {
+    let mut body = link_request(link.ifindex, link.flags & libc::IFF_UP as u32 != 0);
     body.extend(8u16.to_ne_bytes());
     body.extend(IFLA_MTU.to_ne_bytes());
     body.extend(link.mtu.to_ne_bytes());
