@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
+use ferry_cgroup::{Hierarchies, Version};
 use ferry_engine::namespaces::NamespaceKind;
 use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 
@@ -29,6 +30,17 @@ pub fn mounts(spec: &Spec, bundle: &Path, rootfs: &Path, cgroup: &ContainerCgrou
             if let Some(hierarchy) = directory.ancestors().nth(depth).and_then(Path::file_name) {
                 outside.insert(place(rootfs, mount.destination()).join(hierarchy), directory.clone());
             }
+        }
+    }
+    // A hierarchy in which the container has no cgroup of its own is shown whole, as a runtime that made it would do. It may
+    // have been another runtime, which had one.
+    let hierarchies = Hierarchies::detect();
+    for hierarchy in hierarchies.iter().flat_map(Hierarchies::iter).filter(|one| one.version == Version::V1) {
+        let Some(whole) = &hierarchy.mount else { continue };
+        let Some(name) = whole.point.file_name() else { continue };
+        for mount in spec.mounts().iter().flatten().filter(|mount| mount.typ().as_deref() == Some("cgroup")) {
+            let point = place(rootfs, mount.destination()).join(name);
+            outside.entry(point).or_insert_with(|| whole.point.clone());
         }
     }
     if let Some(linux) = spec.linux() {
