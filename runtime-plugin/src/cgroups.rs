@@ -120,6 +120,19 @@ pub struct ContainerCgroup {
     directories: BTreeMap<String, PathBuf>,
 }
 
+/// Hierarchies of v1 without a controller (`name=systemd`), with their mount points, from /proc/self/mountinfo. Containers of
+/// runc see their cgroup in these too.
+fn named_hierarchies(mountinfo: &str) -> impl Iterator<Item = (String, PathBuf)> + '_ {
+    mountinfo.lines().filter_map(|line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        let mount_point = Path::new(mount.split(' ').nth(4)?);
+        let options = file_system.strip_prefix("cgroup ")?.rsplit(' ').next()?;
+        let name = options.split(',').find(|option| option.starts_with("name="))?;
+        (mount_point.parent() == Some(Path::new(DEFAULT_CGROUP_ROOT)))
+            .then(|| (name.to_owned(), mount_point.to_owned()))
+    })
+}
+
 impl ContainerCgroup {
     /// The cgroup that a bundle asks for: its `cgroupsPath`, or `/ferry-ID`, which has no parent that two containers would
     /// have to agree on removing.
@@ -150,6 +163,9 @@ impl ContainerCgroup {
                 for (controller, mount_point) in list_supported_mount_points()? {
                     directories.insert(controller.to_string(), mount_point.join(below));
                 }
+                let mounts = Path::new("/proc/self/mountinfo");
+                let text = fs::read_to_string(mounts).map_err(|source| io_error("read", mounts, source))?;
+                directories.extend(named_hierarchies(&text).map(|(name, mount_point)| (name, mount_point.join(below))));
             }
         }
         Ok(Self { path, systemd, container: container.to_owned(), directories })
@@ -461,6 +477,16 @@ fn remove_directory(directory: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hierarchies_without_controller_have_names() {
+        let mountinfo = "30 25 0:26 / /sys/fs/cgroup/systemd rw,nosuid - cgroup cgroup rw,xattr,name=systemd\n\
+                         31 25 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+                         32 25 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+                         33 25 0:29 / /tmp/test/x rw - cgroup none rw,name=x\n";
+        let all: Vec<_> = named_hierarchies(mountinfo).collect();
+        assert_eq!(all, [("name=systemd".to_owned(), PathBuf::from("/sys/fs/cgroup/systemd"))]);
+    }
 
     #[test]
     fn paths_stay_below_the_root() {

@@ -111,7 +111,7 @@ fn goes_on(file: &Path) -> Outcome<usize> {
 fn twenty_cycles() -> Outcome {
     let place = Place::new()?;
     let work = place.folder("work")?;
-    let count = "i=0; while :; do i=$((i+1)); echo $i >> /work/count; sleep 0.05; done";
+    let count = "sleep 100000 & i=0; while :; do i=$((i+1)); echo $i >> /work/count; sleep 0.05; done";
     let mut bundle = Bundle::new(&place, &["sh", "-c", count])?;
     bundle.bind(&work, "/work", &["rw"]);
     let container = Container::run(&place, &bundle)?;
@@ -120,11 +120,14 @@ fn twenty_cycles() -> Outcome {
     let mut last = goes_on(&file)?;
     let pids = || -> Outcome<Vec<String>> {
         let listing = container.exec(&["ps", "-o", "pid,comm"])?;
-        // The listing itself, and a `sleep` that comes and goes, have new pids all the time.
-        let lasting = |line: &&str| !line.contains("sleep") && !line.contains("ps");
-        Ok(listing.lines().filter(lasting).map(|line| line.trim().to_owned()).collect())
+        // The shell and its background process; the listing itself and the loop's `sleep` have new pids all the time.
+        let lasting = |line: &&str| line.starts_with("1 ") || line.starts_with("2 ");
+        Ok(listing.lines().map(str::trim).filter(lasting).map(str::to_owned).collect())
     };
     let before = pids()?;
+    if before != ["1 sh", "2 sleep"] {
+        return Err(format!("processes inside are {before:?}"));
+    }
     for cycle in 1..=20 {
         let step = || -> Outcome<usize> {
             container.checkpoint(&[])?;

@@ -152,7 +152,7 @@ fn images_of_another_architecture() -> Outcome {
 
 #[test]
 fn an_open_file_that_changed() -> Outcome {
-    spoiled("regular_files", &["file 2", "changed"], |place, _| {
+    spoiled("regular_files", &["file 2", "bytes now"], |place, _| {
         std::fs::write(place.path("work/file 2"), "shorter").map_err(|error| error.to_string())
     })
 }
@@ -166,7 +166,7 @@ fn an_open_file_that_is_missing() -> Outcome {
 
 #[test]
 fn a_mapped_file_that_changed() -> Outcome {
-    spoiled("file_private", &["mapped", "changed"], |place, _| {
+    spoiled("file_private", &["mapped", "bytes now"], |place, _| {
         std::fs::write(place.path("work/mapped"), vec![1; 100_000]).map_err(|error| error.to_string())
     })
 }
@@ -181,7 +181,7 @@ fn an_image_that_is_missing() -> Outcome {
 #[test]
 fn a_pid_in_use() -> Outcome {
     let (place, engine) = (Place::new()?, Engine::under_test()?);
-    let mut workload = Workload::start(&place, "prefork")?;
+    let mut workload = Workload::start(&place, "heap")?;
     let (images, tree) = (workload.images()?, processes::tree(workload.pid));
     engine.dump(&place, workload.pid, &images, &["--leave-running"])?;
     let pid = workload.pid.to_string();
