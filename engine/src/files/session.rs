@@ -231,7 +231,7 @@ impl<'a> Session<'a> {
         Ok(Temporary(expected))
     }
 
-    /// Opens the file at an absolute path of the task's root.
+    /// Opens the file at a path from the task's root, or from its working directory.
     pub fn open(&mut self, path: &[u8], flags: u32) -> Done<Temporary> {
         let path = [path, &[0]].concat();
         self.make("open it", libc::SYS_openat, &[libc::AT_FDCWD as u64], &path, &[flags.into(), 0])

@@ -127,8 +127,13 @@ pub fn shared_with_maker(checkpoint: &Checkpoint, task: usize, maker: Maker) -> 
 }
 
 impl Restore<'_> {
-    /// Directories and umask of all tasks, then their descriptors at their numbers.
+    /// The descriptors of all tasks at their numbers, then directories and umask. Files are opened by paths from the root of
+    /// the mount namespace, so before a task has a root of its own.
     pub(super) fn attach(&mut self) -> Result<(), RestoreError> {
+        let living: Vec<usize> = self.live.living().map(|(place, _)| place).collect();
+        for place in living {
+            self.files.plan.place(self.files.places[&place], &self.live.task(place).runner)?;
+        }
         let places: Vec<usize> =
             self.live.living().map(|(place, _)| place).filter(|place| self.directories(*place).is_some()).collect();
         let mut opening = Vec::new();
@@ -156,10 +161,6 @@ impl Restore<'_> {
             entering.push((place, script));
         }
         self.live.run(entering)?;
-        let living: Vec<usize> = self.live.living().map(|(place, _)| place).collect();
-        for place in living {
-            self.files.plan.place(self.files.places[&place], &self.live.task(place).runner)?;
-        }
         Ok(())
     }
 

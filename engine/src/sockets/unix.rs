@@ -166,7 +166,7 @@ fn bind(session: &mut Session<'_>, socket: Temporary, entry: &UnixSkEntry) -> Do
     let name: Vec<u8> = entry.name.iter().copied().take_while(|byte| *byte != 0).chain([0]).collect();
     let here = match &entry.name_dir {
         Some(directory) => {
-            let here = session.open(b"/.", (libc::O_PATH | libc::O_DIRECTORY) as u32)?;
+            let here = session.open(b".", (libc::O_PATH | libc::O_DIRECTORY) as u32)?;
             session.must_with("enter its directory", libc::SYS_chdir, &[], &[directory, &[0][..]].concat())?;
             Some(here)
         }
