@@ -7,6 +7,7 @@
 pub const REFUSED: &[(&str, &str)] = &[
     ("tcp_connected", "tcp"),
     ("deleted_linked_file", "hard link"),
+    ("pipe_packets", "packet mode"),
     ("terminal", "terminal"),
     ("inotify", "inotify"),
     ("memfd", "memfd"),

@@ -137,10 +137,10 @@ fn twenty_cycles() -> Outcome {
             if now <= stopped.len() {
                 return Err("the counter stands".to_owned());
             }
-            let after = pids()?;
-            if after != before {
-                return Err(format!("processes inside are {after:?}, were {before:?}"));
-            }
+            // The shell's next `sleep` is called after its maker until it has become itself.
+            processes::wait_for(&format!("the processes inside to be {before:?}"), || {
+                pids().is_ok_and(|after| after == before)
+            })?;
             Ok(now)
         };
         let now = step().map_err(|error| format!("cycle {cycle}: {error}"))?;

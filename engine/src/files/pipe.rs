@@ -71,12 +71,18 @@ impl<H: Clone> Pipes<H> {
         content: bool,
     ) -> Result<(), Problem> {
         let (reads, writes) = directions(flags);
+        if flags & O_DIRECT != 0 && rustix::io::ioctl_fionread(duplicate).is_ok_and(|waiting| waiting > 0) {
+            return Err(Problem::new(
+                "it is in packet mode (O_DIRECT) and holds packets, whose bounds images cannot tell",
+                "have the program read them, then try again",
+            ));
+        }
         if let Entry::Vacant(vacant) = self.found.entry(inode) {
             let other_side = if reads && writes { false } else { has_other_side(duplicate)? };
             vacant.insert(Pipe { readers: false, writers: false, other_side, content: None, holder });
         }
         let needs_content = content && reads && self.found.get(&inode).is_some_and(|pipe| pipe.content.is_none());
-        let copied = if needs_content { Some(self.copy_content(inode, flags, duplicate)?) } else { None };
+        let copied = if needs_content { Some(self.copy_content(inode, duplicate)?) } else { None };
         self.note_end(inode, flags);
         if let Some(pipe) = self.found.get_mut(&inode) {
             pipe.content = pipe.content.take().or(copied);
@@ -84,12 +90,7 @@ impl<H: Clone> Pipes<H> {
         Ok(())
     }
 
-    fn copy_content(
-        &mut self,
-        inode: u32,
-        flags: u32,
-        source: BorrowedFd<'_>,
-    ) -> Result<(PipeDataEntry, Vec<u8>), Problem> {
+    fn copy_content(&mut self, inode: u32, source: BorrowedFd<'_>) -> Result<(PipeDataEntry, Vec<u8>), Problem> {
         let failed = |error: rustix::io::Errno| Problem::unreadable("its content", error);
         let size = fcntl_getpipe_size(source).map_err(failed)?;
         let waiting = rustix::io::ioctl_fionread(source).map_err(failed)?;
@@ -105,18 +106,7 @@ impl<H: Clone> Pipes<H> {
             }
             let copied = tee(source, write.as_fd(), size, SpliceFlags::NONBLOCK).map_err(failed)? as u64;
             bytes = vec![0; copied as usize];
-            let first = read.read(&mut bytes).map_err(|error| Problem::unreadable("its content", error))?;
-            if first < bytes.len() {
-                if flags & O_DIRECT != 0 {
-                    // The rest would stay in the copy.
-                    self.copy = None;
-                    return Err(Problem::new(
-                        "it is in packet mode (O_DIRECT) and holds more than one packet, which images cannot tell apart",
-                        "have the program read it, then try again",
-                    ));
-                }
-                read.read_exact(&mut bytes[first..]).map_err(|error| Problem::unreadable("its content", error))?;
-            }
+            read.read_exact(&mut bytes).map_err(|error| Problem::unreadable("its content", error))?;
         }
         Ok((PipeDataEntry { pipe_id: inode, bytes: bytes.len() as u32, size: Some(size as u32) }, bytes))
     }

@@ -9,6 +9,7 @@ use super::state;
 use crate::files::Problem;
 use crate::files::fdinfo::FdInfo;
 use crate::files::session::{Done, Session, Temporary};
+use crate::images::extension::FerryTcpEntry;
 use crate::images::fown::FownEntry;
 use crate::images::inet::{InetSkEntry, IpOptsEntry, TcpOptsEntry};
 use crate::sys::sockopt;
@@ -176,7 +177,19 @@ fn collect_tcp_options(fd: BorrowedFd<'_>) -> nix::Result<TcpOptsEntry> {
         keepcnt: number(libc::TCP_KEEPCNT)?,
         keepidle: number(libc::TCP_KEEPIDLE)?,
         keepintvl: number(libc::TCP_KEEPINTVL)?,
+        ferry: collect_tcp_extension(fd)?,
     })
+}
+
+/// What CRIU's format has no place for, if any of it is not the default.
+fn collect_tcp_extension(fd: BorrowedFd<'_>) -> nix::Result<Option<FerryTcpEntry>> {
+    let set = |name| sockopt::number(fd, libc::SOL_TCP, name).map(|value| (value != 0).then_some(value as u32));
+    let entry = FerryTcpEntry {
+        defer_accept: set(libc::TCP_DEFER_ACCEPT)?,
+        user_timeout: set(libc::TCP_USER_TIMEOUT)?,
+        fastopen: set(libc::TCP_FASTOPEN)?,
+    };
+    Ok((entry != FerryTcpEntry::default()).then_some(entry))
 }
 
 /// Whether an entry's numbers can be used at all.
@@ -250,12 +263,16 @@ fn restore_ip_options(session: &mut Session<'_>, socket: Temporary, entry: &Inet
     }
     let tcp = entry.tcp_opts.as_ref().filter(|_| entry.proto == libc::IPPROTO_TCP as u32);
     if let Some(tcp) = tcp {
+        let more = tcp.ferry.unwrap_or_default();
         for (value, name) in [
             (tcp.cork.map(u32::from), libc::TCP_CORK),
             (tcp.nodelay.map(u32::from), libc::TCP_NODELAY),
             (tcp.keepcnt, libc::TCP_KEEPCNT),
             (tcp.keepidle, libc::TCP_KEEPIDLE),
             (tcp.keepintvl, libc::TCP_KEEPINTVL),
+            (more.defer_accept, libc::TCP_DEFER_ACCEPT),
+            (more.user_timeout, libc::TCP_USER_TIMEOUT),
+            (more.fastopen, libc::TCP_FASTOPEN),
         ] {
             if let Some(value) = value {
                 set_number(session, socket, libc::SOL_TCP, name, value)?;

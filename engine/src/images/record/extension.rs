@@ -61,3 +61,17 @@ pub struct FerryTaskEntry {
     #[prost(bool, optional, tag = "2")]
     pub memory_merge: Option<bool>,
 }
+
+/// Options of level `IPPROTO_TCP` (tcp(7)); each absent for the kernel's default, which is 0.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct FerryTcpEntry {
+    /// Seconds that a listener waits for data before it tells of a connection (`TCP_DEFER_ACCEPT`).
+    #[prost(uint32, optional, tag = "1")]
+    pub defer_accept: Option<u32>,
+    /// Milliseconds after which unacknowledged data end the connection (`TCP_USER_TIMEOUT`).
+    #[prost(uint32, optional, tag = "2")]
+    pub user_timeout: Option<u32>,
+    /// How many connections with data in their first segment may wait (`TCP_FASTOPEN`).
+    #[prost(uint32, optional, tag = "3")]
+    pub fastopen: Option<u32>,
+}

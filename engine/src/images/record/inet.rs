@@ -2,6 +2,7 @@
 //!
 //! The stream image is one [`TcpStreamEntry`], then the receive queue's bytes, then the send queue's.
 
+use super::extension::FerryTcpEntry;
 use super::fown::FownEntry;
 use super::sockets::{SkOptsEntry, SkShutdown};
 
@@ -91,6 +92,8 @@ pub struct TcpOptsEntry {
     pub keepidle: Option<u32>,
     #[prost(uint32, optional, tag = "5")]
     pub keepintvl: Option<u32>,
+    #[prost(message, optional, tag = "1000")]
+    pub ferry: Option<FerryTcpEntry>,
 }
 
 /// Repair state of a connection; `inq_len` and then `outq_len` bytes follow.
