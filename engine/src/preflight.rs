@@ -33,7 +33,7 @@ pub fn check(root: HostPid, options: &DumpOptions) -> Result<Vec<Refusal>, DumpE
     let files = FilesOptions { stopped: false, ..options.files.clone() };
     let mut collector = FilesCollector::new(root, files).map_err(DumpError::read(root, "mounts"))?;
     for task in &tasks {
-        collector.add_task(&task.as_holder());
+        collector.add_task(task);
     }
     refusals.extend(collector.refusals());
     Ok(refusals)

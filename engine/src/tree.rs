@@ -3,7 +3,6 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::error::Refusal;
-use crate::files;
 use crate::sys::{HostPid, NsPid, pidfd};
 
 /// One process that is being looked at: running (preflight) or stopped.
@@ -29,11 +28,6 @@ impl TaskRef {
     /// A descriptor of the process.
     pub fn pidfd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
-    }
-
-    /// The same, as the rooms of descriptors are told of it.
-    pub fn as_holder(&self) -> files::TaskRef<'_> {
-        files::TaskRef { pid: self.pid, ns_pid: self.ns_pid, comm: &self.comm, pidfd: self.pidfd() }
     }
 
     /// A refusal that names this process.

@@ -190,7 +190,7 @@ fn relatives_share_what_they_shared() {
     ];
     let mut collector =
         ferry_engine::files::FilesCollector::new(holders[0].pid(), FilesOptions::default()).expect("a collector");
-    let tables: Vec<u32> = holders.iter().map(|holder| collector.add_task(&holder.task())).collect();
+    let tables: Vec<u32> = holders.iter().map(|holder| collector.add_task(holder.task())).collect();
     assert_eq!(tables, [2, 3, 4]);
     assert_eq!(collector.refusals(), []);
     let dump = collector.finish();
@@ -227,7 +227,7 @@ fn a_table_without_gaps_leaves_room_to_make_its_last_descriptor() {
     };
     let holders = [Holder::start(&[fifo.as_fd()]), Holder::start(&[])];
     let mut collector = ferry_engine::files::FilesCollector::new(holders[0].pid(), FilesOptions::default()).unwrap();
-    let tables = holders.each_ref().map(|holder| collector.add_task(&holder.task()));
+    let tables = holders.each_ref().map(|holder| collector.add_task(holder.task()));
     assert_eq!(tables, [2, 3]);
     let dump = collector.finish();
     let mut images = images(&dump);

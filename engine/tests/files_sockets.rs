@@ -113,9 +113,9 @@ fn pairs_come_back_with_what_was_on_its_way() {
     let borrow = |all: &[OwnedFd]| Holder::start(&all.iter().map(AsFd::as_fd).collect::<Vec<_>>());
     let holders = [borrow(&lefts), borrow(&rights)];
     let mut collector = ferry_engine::files::FilesCollector::new(holders[0].pid(), FilesOptions::default()).unwrap();
-    collector.add_task(&holders[0].task());
+    collector.add_task(holders[0].task());
     assert_eq!(collector.refusals().len(), 3, "the other ends have not been seen yet");
-    collector.add_task(&holders[1].task());
+    collector.add_task(holders[1].task());
     assert_eq!(collector.refusals(), []);
     let dump = collector.finish();
     let (lefts_at, rights_at): (Vec<i32>, Vec<i32>) =

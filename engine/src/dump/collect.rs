@@ -137,7 +137,7 @@ fn name_objects(state: &mut ProcessState, number: u32, namespaces: &namespaces::
         return;
     }
     let mut ids = TaskKobjIdsEntry { vm_id: number, fs_id: number, sighand_id: number, ..TaskKobjIdsEntry::default() };
-    ids.files_id = files.add_task(&state.task.as_holder());
+    ids.files_id = files.add_task(&state.task);
     namespaces.fill(state.task.pid, &mut ids);
     if let Some((_, leader)) = state.cores.first_mut() {
         leader.ids = Some(ids);
@@ -223,21 +223,20 @@ impl Collector<'_> {
             bounds::collect_auxv(pid).map_err(read("auxiliary vector"))?,
             &facts.answers.settings,
         );
-        let holder = task.as_holder();
-        mm.exe_file_id = self.files.add_exe(&holder).unwrap_or(0);
+        mm.exe_file_id = self.files.add_exe(&task).unwrap_or(0);
         mm.vmas.reserve(mapped.len());
         for mapping in &mapped {
             let shmid = match mapping.kind {
                 Kind::FilePrivate | Kind::FileShared => {
-                    self.files.add_mapping(&holder, mapping.range.clone()).unwrap_or(0).into()
+                    self.files.add_mapping(&task, mapping.range.clone()).unwrap_or(0).into()
                 }
                 _ => self.shared.add(pid, mapping).map_err(read("shared memory"))?,
             };
             mm.vmas.push(mapping.dump(shmid));
         }
         let fs = FsEntry {
-            cwd_id: self.files.add_cwd(&holder).unwrap_or(0),
-            root_id: self.files.add_root(&holder).unwrap_or(0),
+            cwd_id: self.files.add_cwd(&task).unwrap_or(0),
+            root_id: self.files.add_root(&task).unwrap_or(0),
             umask: Some(ids.umask),
         };
         let pages = PageRuns::collect(pid, &mapped).map_err(read("page map"))?;

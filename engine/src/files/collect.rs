@@ -21,7 +21,7 @@ use super::owner::{collect_owner, nobody};
 use super::pipe::Pipes;
 use super::regular::{self, Found, Paths, STATX};
 use super::table::{Shown, Table, Unreadable};
-use super::{FilesOptions, Problem, TaskRef};
+use super::{FilesOptions, Problem};
 use crate::error::Refusal;
 use crate::images::Kind;
 use crate::images::encode;
@@ -32,6 +32,7 @@ use crate::sockets::unix::SocketFile;
 use crate::sockets::{self, Sockets};
 use crate::sys::kcmp::{self, compare};
 use crate::sys::{HostPid, NsPid, pidfd};
+use crate::tree::TaskRef;
 
 /// What a dump writes about descriptors.
 #[derive(Debug, Default)]
@@ -113,7 +114,7 @@ impl From<Problem> for Skip {
 
 /// One descriptor, as found.
 struct Descriptor<'a> {
-    task: &'a TaskRef<'a>,
+    task: &'a TaskRef,
     fd: u32,
     name: &'a [u8],
     /// What its link leads to, if that is a path.
@@ -176,7 +177,7 @@ impl FilesCollector {
     }
 
     /// Collects the descriptor table of a task, unless one that shares it was there before. Returns the table's number.
-    pub fn add_task(&mut self, task: &TaskRef<'_>) -> u32 {
+    pub fn add_task(&mut self, task: &TaskRef) -> u32 {
         let order = self.tables.binary_search_by(|(other, _)| {
             compare(kcmp::Kind::Files, (*other, 0), (task.pid, 0)).unwrap_or(Ordering::Less)
         });
@@ -192,7 +193,7 @@ impl FilesCollector {
         }
     }
 
-    fn collect_table(&mut self, task: &TaskRef<'_>, number: u32) -> Vec<FdinfoEntry> {
+    fn collect_table(&mut self, task: &TaskRef, number: u32) -> Vec<FdinfoEntry> {
         let table = match Table::open(task.pid) {
             Ok(table) => table,
             Err(error) => {
@@ -225,8 +226,8 @@ impl FilesCollector {
         entries
     }
 
-    fn holder(&self, task: &TaskRef<'_>, fd: Option<u32>, object: String) -> Holder {
-        Holder { pid: task.ns_pid, comm: task.comm.to_owned(), fd, object, of_root: task.pid == self.root }
+    fn holder(&self, task: &TaskRef, fd: Option<u32>, object: String) -> Holder {
+        Holder { pid: task.ns_pid, comm: task.comm.clone(), fd, object, of_root: task.pid == self.root }
     }
 
     /// Whether an error means that a running task closed the descriptor, or ended.
@@ -238,7 +239,7 @@ impl FilesCollector {
         }
     }
 
-    fn collect_descriptor(&mut self, (task, table): (&TaskRef<'_>, u32), shown: &Shown) -> Result<FdinfoEntry, Skip> {
+    fn collect_descriptor(&mut self, (task, table): (&TaskRef, u32), shown: &Shown) -> Result<FdinfoEntry, Skip> {
         let fd = shown.fd;
         let info = FdInfo::parse(&shown.info)
             .ok_or_else(|| Problem::new("the kernel does not describe it as proc(5) says", ""))?;
@@ -349,7 +350,7 @@ impl FilesCollector {
                 let Descriptor { task, .. } = *descriptor;
                 let paths = &self.paths;
                 let find_file = |name: &[u8], file| socket_file(paths, task.pid, name, file);
-                let pidfd = task.pidfd;
+                let pidfd = task.pidfd();
                 let socket = sockets::Found { id, inode, info, duplicate: duplicate.as_fd(), pidfd, fown };
                 Ok(self.sockets.collect(socket, &find_file, holder, self.options.stopped)?)
             }
@@ -370,7 +371,7 @@ impl FilesCollector {
     }
 
     fn duplicate(&self, descriptor: &Descriptor<'_>) -> Result<OwnedFd, Skip> {
-        pidfd::get_fd(descriptor.task.pidfd, descriptor.fd as i32)
+        pidfd::get_fd(descriptor.task.pidfd(), descriptor.fd as i32)
             .map_err(|errno| self.unreadable("the descriptor", rustix::io::Errno::from_raw_os_error(errno as i32)))
     }
 
@@ -424,7 +425,7 @@ impl FilesCollector {
     }
 
     /// A file that no descriptor holds: `link` is a name in `/proc/PID`.
-    fn add_link(&mut self, task: &TaskRef<'_>, link: &str, what: &str) -> Option<u32> {
+    fn add_link(&mut self, task: &TaskRef, link: &str, what: &str) -> Option<u32> {
         let source = format!("/proc/{}/{link}", task.pid);
         let read = || -> rustix::io::Result<(Vec<u8>, Statx)> {
             let name = rustix::fs::readlink(&source, Vec::new())?.into_bytes();
@@ -463,23 +464,23 @@ impl FilesCollector {
     }
 
     /// The number of the file that `range` maps; none if it is refused or gone.
-    pub fn add_mapping(&mut self, task: &TaskRef<'_>, range: std::ops::Range<u64>) -> Option<u32> {
+    pub fn add_mapping(&mut self, task: &TaskRef, range: std::ops::Range<u64>) -> Option<u32> {
         let range = format!("{:x}-{:x}", range.start, range.end);
         self.add_link(task, &format!("map_files/{range}"), &format!("mapping {range}"))
     }
 
     /// The number of the task's executable; none if it is refused or gone.
-    pub fn add_exe(&mut self, task: &TaskRef<'_>) -> Option<u32> {
+    pub fn add_exe(&mut self, task: &TaskRef) -> Option<u32> {
         self.add_link(task, "exe", "its executable")
     }
 
     /// The number of the task's working directory; none if it is refused or gone.
-    pub fn add_cwd(&mut self, task: &TaskRef<'_>) -> Option<u32> {
+    pub fn add_cwd(&mut self, task: &TaskRef) -> Option<u32> {
         self.add_link(task, "cwd", "its working directory")
     }
 
     /// The number of the task's root directory; none if it is refused or gone.
-    pub fn add_root(&mut self, task: &TaskRef<'_>) -> Option<u32> {
+    pub fn add_root(&mut self, task: &TaskRef) -> Option<u32> {
         self.add_link(task, "root", "its root directory")
     }
 

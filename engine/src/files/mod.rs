@@ -28,26 +28,10 @@ pub(crate) mod session;
 mod table;
 
 use std::collections::BTreeSet;
-use std::os::fd::BorrowedFd;
 
 pub use collect::{FilesCollector, FilesDump};
 pub use plan::{Inherited, Obstacle, RestoreFilesError, RestorePlan, RestoreTask};
 pub use restore::FoundFile;
-
-use crate::sys::{HostPid, NsPid};
-
-/// A process as the collectors of kernel objects are told of it.
-#[derive(Clone, Copy, Debug)]
-pub struct TaskRef<'a> {
-    /// Its id as ferry sees it.
-    pub pid: HostPid,
-    /// Its id as its own namespace sees it.
-    pub ns_pid: NsPid,
-    /// Its name.
-    pub comm: &'a str,
-    /// A descriptor of it (pidfd_open(2)).
-    pub pidfd: BorrowedFd<'a>,
-}
 
 /// How descriptors are to be saved.
 #[derive(Clone, Debug)]

@@ -7,18 +7,19 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 
 use ferry_engine::agent::{Area, NODE, Runner, watch};
-use ferry_engine::files::{FilesCollector, FilesDump, FilesOptions, Inherited, RestorePlan, RestoreTask, TaskRef};
+use ferry_engine::files::{FilesCollector, FilesDump, FilesOptions, Inherited, RestorePlan, RestoreTask};
 use ferry_engine::images::{Kind, encode};
 use ferry_engine::sys::clone::{FirstTask, clone_into_runner};
 use ferry_engine::sys::robust::RobustList;
 use ferry_engine::sys::{HostPid, NsPid, RemoteAddr, pidfd};
+use ferry_engine::tree::TaskRef;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 /// A process that only sleeps, and holds descriptors.
 pub struct Holder {
     child: Child,
-    pidfd: OwnedFd,
+    task: TaskRef,
 }
 
 impl Holder {
@@ -44,22 +45,23 @@ impl Holder {
         while !std::fs::read_to_string(format!("/proc/{}/wchan", child.id())).expect("wchan").contains("nanosleep") {
             std::thread::yield_now();
         }
-        let pidfd = pidfd::open(HostPid(child.id() as i32)).expect("pidfd");
-        Self { child, pidfd }
+        let pid = HostPid(child.id() as i32);
+        let task = TaskRef::open(pid, NsPid(pid.0), "sleep".into()).expect("pidfd");
+        Self { child, task }
     }
 
     pub fn pid(&self) -> HostPid {
         HostPid(self.child.id() as i32)
     }
 
-    pub fn task(&self) -> TaskRef<'_> {
-        TaskRef { pid: self.pid(), ns_pid: NsPid(self.pid().0), comm: "sleep", pidfd: self.pidfd.as_fd() }
+    pub fn task(&self) -> &TaskRef {
+        &self.task
     }
 
     /// A collector that has seen this process.
     pub fn collect(&self, options: FilesOptions) -> FilesCollector {
         let mut collector = FilesCollector::new(self.pid(), options).expect("a collector");
-        collector.add_task(&self.task());
+        collector.add_task(&self.task);
         collector
     }
 }
