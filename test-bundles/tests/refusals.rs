@@ -54,7 +54,7 @@ fn nothing_to_restore_from() -> Outcome {
     let empty = place.folder("empty")?;
     let mut command = ferry(&place)?;
     command.args(["restore", "--image-path"]).arg(&empty).arg("--bundle").arg(&bundle.path).arg(place.name());
-    refusal(&mut command, &["empty"])?;
+    refusal(&mut command, &["inventory.img", "missing"])?;
     place.nothing_left()
 }
 

@@ -17,7 +17,7 @@ use crate::images::memfd::MemfdInodeEntry;
 use crate::images::mm::MmEntry;
 use crate::images::pagemap::{PagemapEntry, PagemapHead};
 use crate::images::pstree::PstreeEntry;
-use crate::images::{ImageSet, Kind, Reader};
+use crate::images::{ImageSet, Kind, Reader, SourceError};
 use crate::memory::fill::Pages;
 use crate::memory::inherit::Memory;
 use crate::memory::layout::Layout;
@@ -109,6 +109,11 @@ impl Checkpoint {
     /// # Errors
     /// [`RestoreError`] about the images only.
     pub fn read(images: &ImageSet) -> Result<Self, RestoreError> {
+        match images.manifest() {
+            Some(manifest) => manifest.check_architecture().map_err(SourceError::from)?,
+            // Another program's: what this one does not know must not be left out silently.
+            None => images.check_understood()?,
+        }
         let name = Kind::Inventory.name();
         let inventory: InventoryEntry =
             images.entry(Kind::Inventory, &name)?.ok_or_else(|| RestoreError::Missing { name: name.clone() })?;
@@ -310,7 +315,7 @@ fn read_pages(images: &ImageSet, name: &str, kind: Kind) -> Result<Option<PageIm
         }
         Ok((head, entries))
     };
-    let (head, entries) = decode().map_err(crate::images::SourceError::from)?;
+    let (head, entries) = decode().map_err(SourceError::from)?;
     let pages_name = Kind::Pages.name_for(head.pages_id);
     let image = required(images.raw(&pages_name)?, &pages_name)?;
     let set = PageSet::decode(&entries, image.len())
