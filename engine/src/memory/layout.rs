@@ -141,7 +141,9 @@ impl Layout {
             }
             let refuse = |what: &str| Err(format!("mapping {:x}-{:x}: {what}", range.start, range.end));
             let aligned = [range.start, range.end, vma.pgoff].iter().all(|value| value.is_multiple_of(PAGE_SIZE));
-            if !aligned || range.is_empty() || range.end > ADDRESS_END {
+            let reach = vma.pgoff.checked_add(vma.end.saturating_sub(vma.start));
+            let reaches = reach.is_none_or(|reach| reach > i64::MAX as u64);
+            if !aligned || range.is_empty() || range.end > ADDRESS_END || reaches {
                 return refuse("not a range of pages that a task can have: the image is damaged");
             }
             if vma.status & vma_status::GUARD != 0 {
@@ -314,6 +316,7 @@ mod tests {
             vec![vma(0x1000, 0x3000, regular), vma(0x2000, 0x4000, regular)],
             vec![vma(0x1000, 0x3000, regular | vma_status::AIORING)],
             vec![vma(0x1000, 0x3000, vma_status::REGULAR)],
+            vec![VmaEntry { pgoff: u64::MAX - 0xfff, ..vma(0x1000, 0x3000, regular) }],
         ] {
             let error = decode(bad.clone()).unwrap_err();
             assert!(error.contains(&format!("{:x}-", bad[bad.len() - 1].start)), "{error}");

@@ -60,13 +60,19 @@ pub fn make_objects(checkpoint: &Checkpoint, inherited: &mut Inherited) -> Resul
             None => {
                 // What lies behind the last mapping is known for memory that CRIU wrote as a memfd only.
                 let size = checkpoint.memfds.get(&shmid).map_or(0, |memfd| memfd.size).max(reach).max(saved);
-                make_anonymous(size.max(PAGE_SIZE).next_multiple_of(PAGE_SIZE), flags)?
+                make_anonymous(whole_pages(size)?, flags)?
             }
         };
         inherited.insert(key(shmid), object.file.into());
         objects.insert(shmid, object.memory);
     }
     Ok(objects)
+}
+
+/// `size` rounded up to pages, at least one.
+fn whole_pages(size: u64) -> Result<u64, RestoreError> {
+    let too_large = RestoreError::Own { step: "make shared memory as large as its image says", errno: Errno::EFBIG };
+    size.max(PAGE_SIZE).checked_next_multiple_of(PAGE_SIZE).ok_or(too_large)
 }
 
 fn make_anonymous(size: u64, flags: u32) -> Result<SharedObject, RestoreError> {
@@ -91,7 +97,7 @@ fn make_memfd(memfd: &MemfdInodeEntry, saved: u64) -> Result<SharedObject, Resto
     let file = memfd_create(memfd.name.as_slice(), flags).map_err(failed("make a memfd"))?;
     ftruncate(&file, memfd.size).map_err(failed("size a memfd"))?;
     // Mapped to be filled, perhaps beyond its end, where no page is.
-    let length = memfd.size.max(saved).max(PAGE_SIZE).next_multiple_of(PAGE_SIZE) as usize;
+    let length = whole_pages(memfd.size.max(saved))? as usize;
     let memory = SharedMemory::map(&file, length, None, false)
         .map_err(|errno| RestoreError::Own { step: "map a memfd", errno })?;
     Ok(SharedObject { memory, file: file.into() })
