@@ -1,7 +1,7 @@
 //! Making a tree again from its images.
 //!
 //! Each task is made as an empty one that sits in an agent's runner, and is built by ferry from outside. [`RestorePhase`]
-//! lists what happens, [`Restore::run`] in which order.
+//! lists what happens, `Restore::run` in which order.
 //!
 //! On success the whole tree runs. On failure, whenever it happens and also if ferry is killed, no task is left: until
 //! the end every task dies with ferry, and whatever ferry makes otherwise is undone.

@@ -7,7 +7,7 @@
 //! | `regular`, `ghost`, `pipe`, `event` … | one kind of object each: its dump and its restore |
 //! | `plan`, `restore`, `session` | who makes which description at restore, when, and the batches that do it: [`RestorePlan`] |
 //!
-//! Sockets have their own folder, [`crate::sockets`].
+//! Sockets have their own folder, `sockets/`.
 //!
 //! A dump looks from outside: `/proc/PID/fd`, `/proc/PID/fdinfo`, and duplicates by pidfd_getfd(2). A restore makes
 //! each open file description once, in the lowest common ancestor of its holders, and lets clone(2) hand it down.
