@@ -100,6 +100,8 @@ pub struct Dumped {
     pub threads: usize,
     /// Pages of memory written.
     pub pages: u64,
+    /// Those of them that are of shared memory.
+    pub shared_pages: u64,
     /// Time from the first stop to the last.
     pub freezing: Duration,
     /// Time that the tree was stopped, as far as it ran on or was ended.
@@ -221,6 +223,7 @@ fn save_memory(state: &TreeState, sink: &mut dyn Sink, dumped: &mut Dumped) -> R
         number += 1;
         records::save_pages(sink, records::shared_pagemap_image(id), number, object.dump(), object)?;
         dumped.pages += object.pages();
+        dumped.shared_pages += object.pages();
     }
     state.namespaces.dump(sink)?;
     dumped.memory = start.elapsed();

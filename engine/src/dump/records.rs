@@ -138,16 +138,16 @@ impl Dumped {
             frozen_time: micros(self.frozen),
             memdump_time: micros(self.memory),
             memwrite_time: micros(self.memory),
-            pages_scanned: self.pages,
+            pages_scanned: self.pages - self.shared_pages,
             pages_skipped_parent: 0,
-            pages_written: self.pages,
+            pages_written: self.pages - self.shared_pages,
             irmap_resolve: None,
             pages_lazy: 0,
             page_pipes: None,
             page_pipe_bufs: None,
-            shpages_scanned: None,
-            shpages_skipped_parent: None,
-            shpages_written: None,
+            shpages_scanned: Some(self.shared_pages),
+            shpages_skipped_parent: Some(0),
+            shpages_written: Some(self.shared_pages),
         };
         encode(Kind::StatsDump, &[StatsEntry { dump: Some(dump), restore: None }])
     }

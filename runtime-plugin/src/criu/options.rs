@@ -120,8 +120,10 @@ pub struct Options {
     pub feature: Option<String>,
 
     // Accepted because callers pass them; nothing of ours depends on them.
-    #[arg(long, hide = true)]
-    no_default_config: bool,
+    #[arg(long, hide = true, action = clap::ArgAction::Count)]
+    no_default_config: u8,
+    #[arg(long, value_name = "MODE", hide = true)]
+    pre_dump_mode: Option<String>,
     #[arg(long, value_name = "FILE", hide = true)]
     config: Option<PathBuf>,
     #[arg(long, value_name = "METHOD", hide = true)]
@@ -189,20 +191,12 @@ impl Options {
         Self::try_parse_from(args.into_iter().map(split_verbosity))
     }
 
-    /// The log level asked for: `-vN` sets it, each `-v` raises it by one from 1.
+    /// The log level asked for: `-vN` sets it, `-v`, `-vv` … are 1, 2 ….
     pub fn log_level(&self) -> u32 {
         const DEFAULT: u32 = 2;
-        if self.verbosity.is_empty() {
-            return DEFAULT;
-        }
-        let mut level = 1;
-        for value in &self.verbosity {
-            match value.parse::<u32>() {
-                Ok(number) => level = number,
-                Err(_) => level += value.len() as u32,
-            }
-        }
-        level
+        // The first letter is the option's own.
+        let level = |value: &String| value.parse().unwrap_or(1 + value.len() as u32);
+        self.verbosity.last().map_or(DEFAULT, level)
     }
 
     /// Options on this line that need an engine part that is not there yet.
@@ -236,7 +230,7 @@ impl Options {
 fn split_verbosity(word: std::ffi::OsString) -> std::ffi::OsString {
     let Some(text) = word.to_str() else { return word };
     match text.strip_prefix("-v") {
-        Some("") => "-vv".into(),
+        Some("") => "-v1".into(),
         _ => word,
     }
 }
@@ -259,7 +253,8 @@ mod tests {
         let options = parse("criu -v restore -d -D images --manage-cgroups=ignore --external mnt[/x]:y --external z");
         assert_eq!(options.command.as_deref(), Some("restore"));
         assert_eq!((options.external.len(), options.restore_detached), (2, true));
-        assert_eq!(parse("criu check -vvv").log_level(), 4);
+        assert_eq!(parse("criu check -vvv").log_level(), 3);
+        assert_eq!(parse("criu check -v").log_level(), 1);
         assert_eq!(parse("criu check -v0 --no-default-config --feature userns").log_level(), 0);
     }
 
