@@ -19,13 +19,14 @@ fn set_option(socket: i32, level: i32, name: i32, value: i32) -> Verdict {
 }
 
 /// Options that a listening socket keeps, and those that its connections inherit.
-const TCP_OPTIONS: [(i32, i32, i32); 7] = [
+const TCP_OPTIONS: [(i32, i32, i32); 8] = [
     (libc::SOL_SOCKET, libc::SO_REUSEADDR, 1),
     (libc::SOL_SOCKET, libc::SO_REUSEPORT, 1),
     (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
     (libc::SOL_SOCKET, libc::SO_RCVBUF, 50_000),
     (libc::SOL_SOCKET, libc::SO_SNDBUF, 60_000),
     (libc::IPPROTO_TCP, libc::TCP_NODELAY, 1),
+    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 3),
     (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 77),
 ];
 
