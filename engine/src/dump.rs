@@ -6,6 +6,7 @@
 
 mod collect;
 mod records;
+mod stages;
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -25,8 +26,10 @@ use crate::preflight;
 use crate::sys::robust::RobustList;
 use crate::sys::{HostPid, ptrace};
 use crate::task::TaskError;
+use stages::Listening;
 
 pub use collect::{ProcessState, TreeState};
+pub use stages::{DumpListener, DumpStage, NoListener};
 
 /// What becomes of the tree after it has been saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -140,6 +143,9 @@ pub enum DumpError {
     /// The images could not be written.
     #[error(transparent)]
     Sink(#[from] SinkError),
+    /// A listener failed.
+    #[error("{problem}")]
+    Caller { problem: String },
     /// The tree was saved whole, but could not be ended.
     #[error("the images are complete, but process {pid} could not be ended: {errno}")]
     Kill { pid: HostPid, errno: nix::errno::Errno },
@@ -156,12 +162,35 @@ impl DumpError {
 /// # Errors
 /// [`DumpError`]; the tree runs on as before then, except for [`DumpError::Kill`].
 pub fn dump(root: HostPid, sink: &mut dyn Sink, options: &DumpOptions) -> Result<Dumped, DumpError> {
+    dump_telling(root, sink, options, &mut NoListener)
+}
+
+/// Saves the tree below `root` into `sink`, and tells `listener` of its stages.
+///
+/// # Errors
+/// As [`dump`].
+pub fn dump_telling(
+    root: HostPid,
+    sink: &mut dyn Sink,
+    options: &DumpOptions,
+    listener: &mut dyn DumpListener,
+) -> Result<Dumped, DumpError> {
+    let mut options = options.clone();
     let mut dumped = Dumped::default();
-    enter(DumpPhase::Preflight, || refuse(preflight::check(root, options)?))?;
+    // Before what is stopped, so that it is dropped after it.
+    let mut listening = Listening::new(listener, root);
+    listening.reached(DumpStage::PreDump)?;
+    enter(DumpPhase::Preflight, || {
+        let refusals = preflight::check(root, &options)?;
+        if listening.names_external() { Ok(()) } else { refuse(refusals) }
+    })?;
     let start = Instant::now();
     let mut stopped =
         enter(DumpPhase::Freeze, || Ok(StoppedTree::stop(root, options.freezer.as_ref(), options.freeze_deadline)?))?;
     dumped.freezing = start.elapsed();
+    listening.lock_network()?;
+    options.files.external.extend(listening.more_external()?);
+    let options = &options;
     let mut state = enter(DumpPhase::Collect, || {
         let mut list = RobustList::install(NODE).map_err(|errno| AgentError::Inject {
             tid: root,
@@ -186,6 +215,12 @@ pub fn dump(root: HostPid, sink: &mut dyn Sink, options: &DumpOptions) -> Result
         }
         records::save(&state, sink, options, &mut dumped)
     })?;
+    listening.reached(DumpStage::PostDump)?;
+    if stopped.is_some() && options.after == After::Kill {
+        listening.forget_network();
+    } else {
+        listening.unlock_network()?;
+    }
     enter(DumpPhase::Finish, || match (stopped, options.after) {
         (Some(tree), After::Kill) => end(&tree),
         (Some(tree), After::Stop) => stop_for_good(tree),

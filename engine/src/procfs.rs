@@ -5,6 +5,12 @@ use std::io;
 
 use crate::sys::{HostPid, NsPid};
 
+/// The inode of a namespace of a task, as `/proc/PID/ns/KIND` shows it (namespaces(7)); none when the task is gone.
+pub fn namespace_inode(pid: HostPid, kind: &str) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(format!("/proc/{pid}/ns/{kind}")).map(|namespace| namespace.ino()).ok()
+}
+
 /// What `/proc/PID/stat` says (proc_pid_stat(5)).
 #[derive(Clone, Debug, Default)]
 pub struct Stat {

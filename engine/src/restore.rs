@@ -32,7 +32,7 @@ use crate::agent::{Area, NODE};
 use crate::files::Inherited;
 use crate::images::stats::{RestoreStatsEntry, StatsEntry};
 use crate::images::{ImageSet, Kind, encode};
-use crate::namespaces::{self, RestoreNamespaceOptions};
+use crate::namespaces::{self, NamespaceKind, RestoreNamespaceOptions};
 use crate::sys::robust::RobustList;
 use crate::sys::{HostPid, PAGE_SIZE, RemoteAddr};
 use attach::Files;
@@ -47,12 +47,14 @@ pub type Callback<'a> = Box<dyn FnMut(HostPid) -> Result<(), String> + 'a>;
 /// Stages at which a caller may act, as CRIU's action scripts name them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// The root is in its namespaces, which are empty.
+    /// The root is in its namespaces, which are empty. Only told when there is one.
     SetupNamespaces,
     /// They have their content.
     PostSetupNamespaces,
     /// All tasks are complete and none runs. The last stage whose failure undoes the restore.
     PostRestore,
+    /// As before; the tree has a network namespace of its own, which peers may reach again.
+    NetworkUnlock,
     /// As before.
     PreResume,
     /// All tasks run.
@@ -349,9 +351,14 @@ impl<'a> Restore<'a> {
 
     fn fill_namespaces(&mut self) -> Result<(), RestoreError> {
         let root = self.live.task(0).host;
-        self.notify(Stage::SetupNamespaces)?;
+        let any = self.namespaces.has_any();
+        if any {
+            self.notify(Stage::SetupNamespaces)?;
+        }
         self.namespaces.restore(&self.live.task(0).runner, root)?;
-        self.notify(Stage::PostSetupNamespaces)?;
+        if any {
+            self.notify(Stage::PostSetupNamespaces)?;
+        }
         if self.namespaces.has_mount_namespace() {
             self.files.check(&format!("/proc/{root}/root"))?;
         }
@@ -367,6 +374,9 @@ impl<'a> Restore<'a> {
     fn resume(&mut self) -> Result<(), RestoreError> {
         self.files.finish()?;
         self.notify(Stage::PostRestore)?;
+        if self.namespaces.has(NamespaceKind::Net) {
+            self.notify(Stage::NetworkUnlock)?;
+        }
         self.notify(Stage::PreResume)?;
         self.go()
     }

@@ -268,9 +268,19 @@ impl RestorePlan {
         self.cloned.iter().fold(0, |flags, kind| flags | kind.clone_flag())
     }
 
+    /// Whether the tree gets a namespace of this kind that is not ferry's, new or given. Not asked for cgroup and time.
+    pub fn has(&self, kind: NamespaceKind) -> bool {
+        self.cloned.contains(&kind) || self.joins(kind).is_some()
+    }
+
+    /// Whether the tree gets any namespace that is not ferry's.
+    pub fn has_any(&self) -> bool {
+        !self.cloned.is_empty() || !self.joined.is_empty()
+    }
+
     /// Whether the root's pids are those of a pid namespace that is not ferry's.
     pub fn has_pid_namespace(&self) -> bool {
-        self.cloned.contains(&NamespaceKind::Pid) || self.joins(NamespaceKind::Pid).is_some()
+        self.has(NamespaceKind::Pid)
     }
 
     /// Whether the tree gets a mount namespace of its own.

@@ -1,24 +1,25 @@
 //! `criu dump`.
 
-use std::process::ExitCode;
 use std::time::Duration;
 
-use ferry_engine::dump::{After, DumpOptions, dump};
+use ferry_engine::dump::{After, DumpOptions, dump_telling};
 use ferry_engine::images::{FolderOptions, FolderSink};
 use ferry_engine::sys::HostPid;
 
+use super::listen::{Client, Listeners};
 use super::options::Options;
 use super::{Failure, images_dir, parse_size, work_dir};
 
-pub fn run(options: &Options) -> Result<ExitCode, Failure> {
+/// Dumps the tree; `client` is told of stages, besides action scripts.
+pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<(), Failure> {
     let pid = options.tree.ok_or_else(|| Failure::new("dump needs --tree PID, the root of the process tree"))?;
     let dump_options = dump_options(options)?;
     let mut sink = FolderSink::open(images_dir(options), FolderOptions::default())?;
-    let dumped = dump(HostPid(pid), &mut sink, &dump_options)?;
+    let dumped = dump_telling(HostPid(pid), &mut sink, &dump_options, &mut Listeners::new(options, client))?;
     std::fs::write(work_dir(options).join("stats-dump"), dumped.stats_image())
         .map_err(|error| Failure::new(format!("the dump is complete, but stats-dump cannot be written: {error}")))?;
     tracing::info!("Dumping finished successfully");
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {

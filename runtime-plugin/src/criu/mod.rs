@@ -4,6 +4,7 @@
 //! with 1 and its log's last line with level `Error` says why.
 
 mod dump;
+mod listen;
 mod log;
 mod options;
 mod restore;
@@ -86,7 +87,12 @@ fn run(options: &Options) -> Result<ExitCode, Failure> {
             if !unsupported.is_empty() {
                 return Err(Failure::new(format!("ferry does not support {} yet", unsupported.join(", "))));
             }
-            if command == "dump" { dump::run(options) } else { restore::run(options) }
+            if command == "dump" {
+                dump::run(options, None)?;
+            } else {
+                restore::run(options, None)?;
+            }
+            Ok(ExitCode::SUCCESS)
         }
         "check" => check(options),
         "pre-dump" | "page-server" | "lazy-pages" | "exec" | "service" | "swrk" | "dedup" | "cpuinfo" => {

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::Duration;
 
 use ferry_engine::images::ImageSet;
@@ -11,13 +10,24 @@ use ferry_engine::images::folder::FolderSource;
 use ferry_engine::namespaces::RestoreNamespaceOptions;
 use ferry_engine::restore::{RestoreOptions, restore};
 use ferry_engine::sys::{HostPid, pidfd};
+use ferry_hooks::Event;
 
+use super::listen::{Client, Listeners};
 use super::options::Options;
 use super::{Failure, images_dir, work_dir};
 
-pub fn run(options: &Options) -> Result<ExitCode, Failure> {
+/// Restores the tree; `client` is told of stages, besides action scripts. The root's pid.
+pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<HostPid, Failure> {
     let images = ImageSet::open(Box::new(FolderSource::open(images_dir(options))?))?;
-    let restored = restore(&images, restore_options(options)?)?;
+    let listeners = Listeners::new(options, client);
+    listeners.tell(Event::PreRestore, None)?;
+    let restored = restore(
+        &images,
+        RestoreOptions {
+            notify: Some(Box::new(|stage, root| listeners.restoring(stage, root))),
+            ..restore_options(options)?
+        },
+    )?;
     let written = |what: &str, error: std::io::Error| {
         Failure::new(format!(
             "the tree is restored and runs as {}, but {what} cannot be written: {error}",
@@ -33,7 +43,7 @@ pub fn run(options: &Options) -> Result<ExitCode, Failure> {
     if !options.restore_detached {
         await_end(restored.pid)?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(restored.pid)
 }
 
 fn await_end(root: HostPid) -> Result<(), Failure> {
@@ -42,7 +52,7 @@ fn await_end(root: HostPid) -> Result<(), Failure> {
     Ok(())
 }
 
-fn restore_options(options: &Options) -> Result<RestoreOptions<'static>, Failure> {
+fn restore_options<'a>(options: &Options) -> Result<RestoreOptions<'a>, Failure> {
     let mut restore = RestoreOptions {
         shell_job: options.shell_job,
         sibling: options.restore_sibling,

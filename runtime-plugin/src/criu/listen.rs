@@ -1,0 +1,90 @@
+//! Who is told what a `criu` command does: action scripts, and the client of an RPC request.
+//!
+//! Scripts are asked first. Whoever fails makes the command fail, and the engine undo it.
+
+use ferry_engine::dump::{DumpListener, DumpStage};
+use ferry_engine::restore::Stage;
+use ferry_engine::sys::HostPid;
+use ferry_hooks::{ActionScripts, Event, Notifier};
+
+use super::options::Options;
+use super::{Failure, images_dir};
+
+/// The client of an RPC request that asked to be told.
+pub trait Client: Notifier {
+    /// Objects that the client names as external while the tree is stopped.
+    ///
+    /// # Errors
+    /// A sentence: the client refused, or is gone.
+    fn query_external(&self) -> Result<Vec<String>, Failure>;
+}
+
+/// Everyone who is told.
+pub struct Listeners<'a> {
+    scripts: ActionScripts,
+    client: Option<&'a dyn Client>,
+}
+
+impl<'a> Listeners<'a> {
+    /// The scripts that `options` name, and `client`.
+    pub fn new(options: &Options, client: Option<&'a dyn Client>) -> Self {
+        let folder = images_dir(options);
+        let scripts = ActionScripts {
+            scripts: options.action_script.clone(),
+            image_directory: Some(std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned())),
+            timeout: None,
+        };
+        Self { scripts, client }
+    }
+
+    /// Tells everyone.
+    ///
+    /// # Errors
+    /// A sentence that names the event.
+    pub fn tell(&self, event: Event, root: Option<HostPid>) -> Result<(), Failure> {
+        let pid = root.map(|root| root.0);
+        if !self.scripts.scripts.is_empty() {
+            self.scripts.notify(event, pid)?;
+        }
+        match self.client {
+            Some(client) => Ok(client.notify(event, pid)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells everyone of a stage of a restore.
+    ///
+    /// # Errors
+    /// As [`Self::tell`].
+    pub fn restoring(&self, stage: Stage, root: HostPid) -> Result<(), String> {
+        let event = match stage {
+            Stage::SetupNamespaces => Event::SetupNamespaces,
+            Stage::PostSetupNamespaces => Event::PostSetupNamespaces,
+            Stage::PostRestore => Event::PostRestore,
+            Stage::NetworkUnlock => Event::NetworkUnlock,
+            Stage::PreResume => Event::PreResume,
+            Stage::PostResume => Event::PostResume,
+        };
+        self.tell(event, Some(root)).map_err(|Failure(sentence)| sentence)
+    }
+}
+
+impl DumpListener for Listeners<'_> {
+    fn reached(&mut self, stage: DumpStage, root: HostPid) -> Result<(), String> {
+        let event = match stage {
+            DumpStage::PreDump => Event::PreDump,
+            DumpStage::NetworkLock => Event::NetworkLock,
+            DumpStage::PostDump => Event::PostDump,
+            DumpStage::NetworkUnlock => Event::NetworkUnlock,
+        };
+        self.tell(event, Some(root)).map_err(|Failure(sentence)| sentence)
+    }
+
+    fn names_external(&self) -> bool {
+        self.client.is_some()
+    }
+
+    fn more_external(&mut self) -> Result<Vec<String>, String> {
+        self.client.map_or(Ok(Vec::new()), |client| client.query_external().map_err(|Failure(sentence)| sentence))
+    }
+}
