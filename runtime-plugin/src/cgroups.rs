@@ -252,7 +252,6 @@ impl ContainerCgroup {
     ///
     /// # Errors
     /// When the process is gone, or a limit forbids it.
-    #[allow(dead_code, reason = "for the restore's engine call")]
     pub fn add(&self, pid: i32) -> Result<()> {
         let action = format!("add process {pid} to");
         self.manager()?.add_task(Pid::from_raw(pid)).map_err(|source| self.apply_error(&action, source))

@@ -16,7 +16,6 @@ mod console;
 mod criu;
 #[cfg(feature = "oci")]
 mod externals;
-#[cfg(feature = "oci")]
 mod failure;
 #[cfg(feature = "oci")]
 mod foreground;

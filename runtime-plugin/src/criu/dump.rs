@@ -8,7 +8,8 @@ use ferry_engine::sys::HostPid;
 
 use super::listen::{Client, Listeners};
 use super::options::Options;
-use super::{Failure, images_dir, parse_size, work_dir};
+use super::{images_dir, parse_size, work_dir};
+use crate::failure::Failure;
 
 /// Dumps the tree; `client` is told of stages, besides action scripts.
 pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<(), Failure> {

@@ -1,6 +1,6 @@
 //! Who is told what a `criu` command does: action scripts, and the client of an RPC request.
 //!
-//! Scripts are asked first. Whoever fails makes the command fail, and the engine undo it.
+//! The client is asked first, as with CRIU. Whoever fails makes the command fail, and the engine undo it.
 
 use ferry_engine::dump::{DumpListener, DumpStage};
 use ferry_engine::restore::Stage;
@@ -43,13 +43,13 @@ impl<'a> Listeners<'a> {
     /// A sentence that names the event.
     pub fn tell(&self, event: Event, root: Option<HostPid>) -> Result<(), Failure> {
         let pid = root.map(|root| root.0);
+        if let Some(client) = self.client {
+            client.notify(event, pid)?;
+        }
         if !self.scripts.scripts.is_empty() {
             self.scripts.notify(event, pid)?;
         }
-        match self.client {
-            Some(client) => Ok(client.notify(event, pid)?),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     /// Tells everyone of a stage of a restore.
@@ -65,7 +65,7 @@ impl<'a> Listeners<'a> {
             Stage::PreResume => Event::PreResume,
             Stage::PostResume => Event::PostResume,
         };
-        self.tell(event, Some(root)).map_err(|Failure(sentence)| sentence)
+        self.tell(event, Some(root)).map_err(|failure| failure.to_string())
     }
 }
 
@@ -77,7 +77,7 @@ impl DumpListener for Listeners<'_> {
             DumpStage::PostDump => Event::PostDump,
             DumpStage::NetworkUnlock => Event::NetworkUnlock,
         };
-        self.tell(event, Some(root)).map_err(|Failure(sentence)| sentence)
+        self.tell(event, Some(root)).map_err(|failure| failure.to_string())
     }
 
     fn names_external(&self) -> bool {
@@ -85,6 +85,6 @@ impl DumpListener for Listeners<'_> {
     }
 
     fn more_external(&mut self) -> Result<Vec<String>, String> {
-        self.client.map_or(Ok(Vec::new()), |client| client.query_external().map_err(|Failure(sentence)| sentence))
+        self.client.map_or(Ok(Vec::new()), |client| client.query_external().map_err(|failure| failure.to_string()))
     }
 }

@@ -3,75 +3,62 @@
 //! What callers rely on: `criu --version` prints `Version: X`; `check` prints `Looks good.`; a command that failed exits
 //! with 1 and its log's last line with level `Error` says why.
 
+pub mod config;
 mod dump;
 mod listen;
 mod log;
-mod options;
+pub mod options;
 mod restore;
+mod words;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use options::Options;
+use options::{Options, parse_size};
+
+use crate::failure::{Failure, Outcome};
 
 /// The CRIU release whose command line, protocol and image format this face follows.
 const CRIU_VERSION: &str = "4.2";
 
-/// A failed command: the sentence to print.
-#[derive(Debug)]
-pub(crate) struct Failure(String);
-
-impl Failure {
-    fn new(sentence: impl Into<String>) -> Self {
-        Self(sentence.into())
-    }
-}
-
-impl<E: std::error::Error> From<E> for Failure {
-    fn from(error: E) -> Self {
-        let mut sentence = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            let text = cause.to_string();
-            if !sentence.contains(&text) {
-                sentence = format!("{sentence}: {text}");
-            }
-            source = cause.source();
-        }
-        Self(sentence)
-    }
-}
-
 /// Runs one `criu` command; `args[0]` is the program's name.
 pub fn main(args: Vec<OsString>) -> ExitCode {
-    let options = match Options::parse_args(args) {
-        Ok(options) => options,
-        Err(error) => {
-            let asked = !error.use_stderr();
-            let _ = error.print();
-            return if asked { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-        }
-    };
-    match run(&options) {
-        Ok(code) => code,
-        Err(Failure(sentence)) => {
-            for line in sentence.lines() {
-                tracing::error!("{line}");
-            }
+    match options(args).map(|options| (run(&options), options)) {
+        Ok((Ok(code), _)) => code,
+        Ok((Err(failure), options)) => {
+            let sentence = failure.to_string();
+            tracing::error!("{sentence}");
             // With a log file the terminal would stay silent otherwise.
             if options.log_file.is_some() {
-                for line in sentence.lines() {
-                    crate::logs::say(&format!("Error: {line}"));
-                }
+                crate::logs::say(&format!("Error: {sentence}"));
             }
-            ExitCode::FAILURE
+            failure.status()
         }
+        Err(code) => code,
     }
+}
+
+/// The options of a command line and of the configuration files before it; the status to exit with when there are none.
+fn options(mut args: Vec<OsString>) -> Result<Options, ExitCode> {
+    args.drain(..args.len().min(1));
+    let told = |failure: Failure| {
+        crate::logs::say(&format!("Error: {failure}"));
+        failure.status()
+    };
+    // Help is given also where a configuration file is wrong.
+    let helps = args.iter().take_while(|word| *word != "--").any(|word| word == "-h" || word == "--help");
+    let mut words = if helps { Vec::new() } else { config::defaults(&args).map_err(told)? };
+    words.append(&mut args);
+    Options::parse(words).map_err(|error| {
+        let asked = !error.use_stderr();
+        let _ = error.print();
+        if asked { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    })
 }
 
 #[allow(clippy::print_stdout, reason = "the answer to a command belongs on standard output")]
-fn run(options: &Options) -> Result<ExitCode, Failure> {
+fn run(options: &Options) -> Outcome {
     if options.version {
         println!("Version: {CRIU_VERSION}");
         println!("Ferry {}", env!("CARGO_PKG_VERSION"));
@@ -131,8 +118,8 @@ fn images_dir(options: &Options) -> &Path {
 ///
 /// `check` alone tells whether what every dump needs is there: ptrace on others' tasks and `/proc/PID/map_files`.
 #[allow(clippy::print_stdout, reason = "the answer to a command belongs on standard output")]
-fn check(options: &Options) -> Result<ExitCode, Failure> {
-    if let Some(feature) = &options.feature {
+fn check(options: &Options) -> Outcome {
+    if let Some(feature) = options.feature.last() {
         let present = match feature.as_str() {
             "mnt_id"
             | "aio_remap"
@@ -155,17 +142,4 @@ fn check(options: &Options) -> Result<ExitCode, Failure> {
     ferry_engine::preflight::check_host()?;
     println!("Looks good.");
     Ok(ExitCode::SUCCESS)
-}
-
-/// Parses a size with CRIU's suffixes K, M and G.
-fn parse_size(text: &str) -> Result<u64, Failure> {
-    let bad = || Failure::new(format!("{text} is no size: give bytes, or a number with K, M or G"));
-    let (digits, shift) = match text.chars().last() {
-        Some('K' | 'k') => (&text[..text.len() - 1], 10),
-        Some('M' | 'm') => (&text[..text.len() - 1], 20),
-        Some('G' | 'g') => (&text[..text.len() - 1], 30),
-        _ => (text, 0),
-    };
-    let number: u64 = digits.parse().map_err(|_| bad())?;
-    number.checked_mul(1 << shift).ok_or_else(bad)
 }

@@ -14,7 +14,8 @@ use ferry_hooks::Event;
 
 use super::listen::{Client, Listeners};
 use super::options::Options;
-use super::{Failure, images_dir, work_dir};
+use super::{images_dir, work_dir};
+use crate::failure::Failure;
 
 /// Restores the tree; `client` is told of stages, besides action scripts. The root's pid.
 pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<HostPid, Failure> {
@@ -127,8 +128,8 @@ mod tests {
         assert!(!is_namespace(&descriptor));
         assert!(is_namespace(&std::fs::File::open("/proc/self/ns/net").unwrap().into()));
         assert!(inherited("fd[x]:k").is_err() && inherited("7:k").is_err());
-        let words = ["criu", "restore", "--external", "mnt[a]:/b", "--external", "mnt[]", "-M", "c:/d:e"];
-        let options = Options::parse_args(words.iter().map(Into::into).collect()).unwrap();
+        let words = ["restore", "--external", "mnt[a]:/b", "--external", "mnt[]", "-M", "c:/d:e"];
+        let options = Options::parse(words.iter().map(Into::into)).unwrap();
         let mounts = external_mounts(&options).unwrap();
         assert_eq!(mounts, [("a".into(), "/b".into()), ("c".into(), "/d:e".into())].into());
     }
