@@ -16,7 +16,9 @@ use nix::unistd::Pid;
 use tracing::{debug, info, info_span};
 
 use crate::agent::{AgentError, NODE};
+use crate::cancel::Cancel;
 use crate::error::{Refusal, Refusals};
+use crate::fault::{DumpStep, Edge, Faults, Interrupted, Point};
 use crate::files::FilesOptions;
 use crate::freeze::{FreezeError, StoppedTree};
 use crate::images::{Manifest, Sink, SinkError};
@@ -58,6 +60,27 @@ pub struct DumpOptions {
     pub files: FilesOptions,
     /// Namespaces.
     pub namespaces: NamespaceOptions,
+    /// What ends the dump early. Not looked at any more once the images are complete.
+    pub cancel: Cancel,
+    /// What a test lets go wrong.
+    pub faults: Faults,
+}
+
+impl DumpOptions {
+    /// Passes a point within a phase, at which the dump may be made to fail, or be given up.
+    pub(crate) fn step(&self, step: DumpStep) -> Result<(), Interrupted> {
+        self.faults.hit(Point::DumpStep(step))?;
+        Ok(self.cancel.check()?)
+    }
+
+    /// Passes the edge of a phase. Once the images are complete it is too late to give up: what is left is done.
+    fn edge(&self, edge: Edge, phase: DumpPhase) -> Result<(), Interrupted> {
+        self.faults.hit(Point::Dump(edge, phase))?;
+        if phase < DumpPhase::Finish && (edge, phase) != (Edge::After, DumpPhase::Save) {
+            self.cancel.check()?;
+        }
+        Ok(())
+    }
 }
 
 impl Default for DumpOptions {
@@ -69,12 +92,14 @@ impl Default for DumpOptions {
             freezer: None,
             files: FilesOptions::default(),
             namespaces: NamespaceOptions::default(),
+            cancel: Cancel::default(),
+            faults: Faults::default(),
         }
     }
 }
 
 /// The phases of a dump, in order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DumpPhase {
     /// Everything that would make the dump fail, found while the tree runs.
     Preflight,
@@ -92,6 +117,20 @@ pub enum DumpPhase {
     Save,
     /// The tree ended or stopped, if it is not to run on.
     Finish,
+}
+
+impl DumpPhase {
+    /// All of them, in order.
+    pub const ALL: &'static [Self] = &[
+        Self::Preflight,
+        Self::Freeze,
+        Self::Collect,
+        Self::Recheck,
+        Self::Memory,
+        Self::Release,
+        Self::Save,
+        Self::Finish,
+    ];
 }
 
 /// What a dump did, for summaries and `stats-dump`. Sizes are in pages and bytes.
@@ -146,6 +185,9 @@ pub enum DumpError {
     /// A listener failed.
     #[error("{problem}")]
     Caller { problem: String },
+    /// It was given up.
+    #[error("the dump was given up: {0}; the processes run on as before")]
+    Interrupted(#[from] Interrupted),
     /// The tree was saved whole, but could not be ended.
     #[error("the images are complete, but process {pid} could not be ended: {errno}")]
     Kill { pid: HostPid, errno: nix::errno::Errno },
@@ -180,18 +222,21 @@ pub fn dump_telling(
     // Before what is stopped, so that it is dropped after it.
     let mut listening = Listening::new(listener, root);
     listening.reached(DumpStage::PreDump)?;
-    enter(DumpPhase::Preflight, || {
+    enter(DumpPhase::Preflight, &options, || {
         let refusals = preflight::check(root, &options)?;
         if listening.names_external() { Ok(()) } else { refuse(refusals) }
     })?;
     let start = Instant::now();
-    let mut stopped =
-        enter(DumpPhase::Freeze, || Ok(StoppedTree::stop(root, options.freezer.as_ref(), options.freeze_deadline)?))?;
+    let mut stopped = enter(DumpPhase::Freeze, &options, || {
+        Ok(StoppedTree::stop(root, options.freezer.as_ref(), options.freeze_deadline, &|| {
+            options.step(DumpStep::Stopped)
+        })?)
+    })?;
     dumped.freezing = start.elapsed();
     listening.lock_network()?;
     options.files.external.extend(listening.more_external()?);
     let options = &options;
-    let mut state = enter(DumpPhase::Collect, || {
+    let mut state = enter(DumpPhase::Collect, options, || {
         let mut list = RobustList::install(NODE).map_err(|errno| AgentError::Inject {
             tid: root,
             step: "have the kernel watch over the agents",
@@ -199,17 +244,17 @@ pub fn dump_telling(
         })?;
         collect::collect_tree(&mut stopped, options, &mut list)
     })?;
-    enter(DumpPhase::Recheck, || refuse(std::mem::take(&mut state.refusals)))?;
-    enter(DumpPhase::Memory, || save_memory(&state, sink, &mut dumped))?;
+    enter(DumpPhase::Recheck, options, || refuse(std::mem::take(&mut state.refusals)))?;
+    enter(DumpPhase::Memory, options, || save_memory(&state, sink, options, &mut dumped))?;
     let mut stopped = Some(stopped);
-    enter(DumpPhase::Release, || {
+    enter(DumpPhase::Release, options, || {
         if options.after == After::Run {
             stopped.take();
             dumped.frozen = start.elapsed();
         }
         Ok(())
     })?;
-    enter(DumpPhase::Save, || {
+    enter(DumpPhase::Save, options, || {
         if options.after != After::Run {
             dumped.frozen = start.elapsed();
         }
@@ -221,7 +266,7 @@ pub fn dump_telling(
     } else {
         listening.unlock_network()?;
     }
-    enter(DumpPhase::Finish, || match (stopped, options.after) {
+    enter(DumpPhase::Finish, options, || match (stopped, options.after) {
         (Some(tree), After::Kill) => end(&tree),
         (Some(tree), After::Stop) => stop_for_good(tree),
         _ => Ok(()),
@@ -230,13 +275,20 @@ pub fn dump_telling(
     Ok(dumped)
 }
 
-fn enter<T>(phase: DumpPhase, run: impl FnOnce() -> Result<T, DumpError>) -> Result<T, DumpError> {
+fn enter<T>(
+    phase: DumpPhase,
+    options: &DumpOptions,
+    run: impl FnOnce() -> Result<T, DumpError>,
+) -> Result<T, DumpError> {
     let span = info_span!("dump", ?phase);
     let _entered = span.enter();
+    options.edge(Edge::Before, phase)?;
     let start = Instant::now();
     let result = run();
     debug!(took = ?start.elapsed(), ok = result.is_ok(), "phase done");
-    result
+    let product = result?;
+    options.edge(Edge::After, phase)?;
+    Ok(product)
 }
 
 fn refuse(refusals: Vec<Refusal>) -> Result<(), DumpError> {
@@ -244,18 +296,25 @@ fn refuse(refusals: Vec<Refusal>) -> Result<(), DumpError> {
 }
 
 /// Writes the pages of every process and of every shared object, numbered in this order, from 1; and what tmpfs mounts hold.
-fn save_memory(state: &TreeState, sink: &mut dyn Sink, dumped: &mut Dumped) -> Result<(), DumpError> {
+fn save_memory(
+    state: &TreeState,
+    sink: &mut dyn Sink,
+    options: &DumpOptions,
+    dumped: &mut Dumped,
+) -> Result<(), DumpError> {
     let start = Instant::now();
     let mut number = 0u32;
     for process in state.processes.iter().filter(|process| !process.is_zombie()) {
         let pid = process.task.pid;
         let pages = ProcessPages::open(pid, &process.pages).map_err(DumpError::read(pid, "memory"))?;
         number += 1;
+        options.step(DumpStep::Pages)?;
         records::save_pages(sink, process.pagemap_image(), number, process.pages.dump(), &pages)?;
         dumped.pages += process.pages.pages();
     }
     for (id, object) in state.shared.iter() {
         number += 1;
+        options.step(DumpStep::Pages)?;
         records::save_pages(sink, records::shared_pagemap_image(id), number, object.dump(), object)?;
         dumped.pages += object.pages();
         dumped.shared_pages += object.pages();

@@ -18,6 +18,7 @@ use nix::errno::Errno;
 
 use crate::agent::AgentError;
 use crate::agent::inject::Context;
+use crate::fault::Interrupted;
 use crate::procfs::{self, Stat};
 use crate::sys::HostPid;
 use crate::sys::ptrace::{self, Stop};
@@ -72,6 +73,9 @@ pub enum FreezeError {
     /// The cgroup could not be frozen or given back.
     #[error(transparent)]
     Cgroup(#[from] ferry_cgroup::FreezeError),
+    /// It was given up.
+    #[error("stopping the processes was given up: {0}; they run on as before")]
+    Interrupted(#[from] Interrupted),
     /// A stopped thread did not give its registers.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -119,12 +123,24 @@ impl StoppedTree {
     /// Stops the tree below `root`, and `freezer`'s cgroup meanwhile if there is one.
     ///
     /// On an error everything that was stopped runs on, and the cgroup is as it was found.
-    pub fn stop(root: HostPid, freezer: Option<&Freezer>, deadline: Duration) -> Result<Self, FreezeError> {
+    ///
+    /// `pass` is called when a process has been stopped, and may give up.
+    pub fn stop(
+        root: HostPid,
+        freezer: Option<&Freezer>,
+        deadline: Duration,
+        pass: &dyn Fn() -> Result<(), Interrupted>,
+    ) -> Result<Self, FreezeError> {
         let start = Instant::now();
         // Whatever else is in the cgroup is found out by the caller, who knows what to say of it.
         let mut frozen = freezer.map(|freezer| freezer.freeze(|_| true, deadline)).transpose()?;
-        let mut walk =
-            Walk { seized: Seized::default(), found: HashMap::new(), order: Vec::new(), frozen: frozen.is_some() };
+        let mut walk = Walk {
+            seized: Seized::default(),
+            found: HashMap::new(),
+            order: Vec::new(),
+            frozen: frozen.is_some(),
+            pass,
+        };
         let stat = Stat::read(root).map_err(|_| FreezeError::NoProcess { pid: root })?;
         if stat.state == 'Z' {
             return Err(FreezeError::RootIsZombie { pid: root, comm: stat.comm });
@@ -198,7 +214,9 @@ struct Found {
     zombie: Option<Stat>,
 }
 
-struct Walk {
+struct Walk<'a> {
+    /// Called when a process has been stopped.
+    pass: &'a dyn Fn() -> Result<(), Interrupted>,
     /// Whether the tasks are frozen, so that their stops must not be awaited yet.
     frozen: bool,
     seized: Seized,
@@ -206,7 +224,7 @@ struct Walk {
     order: Vec<HostPid>,
 }
 
-impl Walk {
+impl Walk<'_> {
     /// Looks at every process found so far for new threads and children; tells whether there were any.
     fn pass(&mut self) -> Result<bool, FreezeError> {
         let mut news = false;
@@ -240,7 +258,7 @@ impl Walk {
         if alive {
             self.stop_threads(pid)?;
         }
-        Ok(())
+        Ok((self.pass)()?)
     }
 
     /// Stops threads of `pid` until no new one appears; tells whether there was any.

@@ -4,8 +4,10 @@
 //! the tree again. The crate reads no environment, prints nothing and keeps no mutable statics.
 
 pub mod agent;
+pub mod cancel;
 pub mod dump;
 pub mod error;
+pub mod fault;
 pub mod files;
 pub mod freeze;
 pub mod images;

@@ -29,6 +29,8 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 pub use error::{Obstacle, RestoreError};
 
 use crate::agent::{Area, NODE};
+use crate::cancel::Cancel;
+use crate::fault::{Edge, Faults, Point};
 use crate::files::Inherited;
 use crate::images::stats::{RestoreStatsEntry, StatsEntry};
 use crate::images::{ImageSet, Kind, encode};
@@ -88,6 +90,19 @@ pub struct RestoreOptions<'a> {
     pub progress: Option<Progress<'a>>,
     /// Descriptors that stand for objects outside the tree.
     pub inherited: Inherited,
+    /// What ends the restore early. Not looked at any more once the tree is to run.
+    pub cancel: Cancel,
+    /// What a test lets go wrong.
+    pub faults: Faults,
+}
+
+impl RestoreOptions<'_> {
+    /// Passes a point at which the restore may be made to fail, or be given up.
+    pub(crate) fn pass(&self, point: Point) -> Result<(), RestoreError> {
+        let interrupted = |why| RestoreError::Interrupted(why);
+        self.faults.hit(point).map_err(|fault| interrupted(fault.into()))?;
+        self.cancel.check().map_err(|cancelled| interrupted(cancelled.into()))
+    }
 }
 
 /// A tree that runs again.
@@ -206,8 +221,10 @@ pub fn restore(images: &ImageSet, mut options: RestoreOptions<'_>) -> Result<Res
     let mut clock = Clock { phases: Vec::new() };
     announce(&mut options, RestorePhase::Open)?;
     let checkpoint = clock.phase(RestorePhase::Open, || Checkpoint::read(images))?;
+    options.pass(Point::Restore(Edge::After, RestorePhase::Open))?;
     announce(&mut options, RestorePhase::Plan)?;
     let decisions = clock.phase(RestorePhase::Plan, || Decisions::make(images, &checkpoint, &mut options))?;
+    options.pass(Point::Restore(Edge::After, RestorePhase::Plan))?;
     let mut restore = Restore::new(images, options, &checkpoint, &decisions.plan, decisions.parts)?;
     restore.run(&mut clock)?;
     let pid = restore.live.task(0).host;
@@ -327,7 +344,13 @@ impl<'a> Restore<'a> {
         work: fn(&mut Self) -> Result<(), RestoreError>,
     ) -> Result<(), RestoreError> {
         announce(&mut self.options, phase)?;
-        clock.phase(phase, || work(self))
+        clock.phase(phase, || work(self))?;
+        if phase == RestorePhase::Go {
+            // They run: it is too late to fail.
+            let _ = self.options.faults.hit(Point::Restore(Edge::After, phase));
+            return Ok(());
+        }
+        self.options.pass(Point::Restore(Edge::After, phase))
     }
 
     fn first_task(&mut self) -> Result<(), RestoreError> {
@@ -393,6 +416,7 @@ impl<'a> Restore<'a> {
 
 /// Tells the caller which phase begins.
 fn announce(options: &mut RestoreOptions<'_>, phase: RestorePhase) -> Result<(), RestoreError> {
+    options.pass(Point::Restore(Edge::Before, phase))?;
     let Some(progress) = &mut options.progress else { return Ok(()) };
     progress(phase).map_err(|problem| RestoreError::Caller { what: "the caller ends the restore", problem })
 }

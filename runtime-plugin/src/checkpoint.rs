@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use ferry_engine::fault::Fault;
 use libcontainer::oci_spec::runtime::Spec;
 use serde_json::json;
 
@@ -87,6 +88,9 @@ pub struct CheckpointArgs {
     /// Drop from earlier images what later ones hold.
     #[arg(long)]
     pub auto_dedup: bool,
+    /// Let something go wrong, for tests: see ferry criu --list-faults.
+    #[arg(long, value_name = "FAULT", hide = true)]
+    pub fault: Vec<Fault>,
     #[command(flatten)]
     pub id: IdArgs,
 }

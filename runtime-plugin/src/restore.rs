@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use ferry_engine::fault::Fault;
 use ferry_hooks::Hooks;
 use libcontainer::container::ContainerStatus;
 
@@ -107,6 +108,9 @@ pub struct RestoreArgs {
     /// SELinux context of mounts.
     #[arg(long, value_name = "CONTEXT")]
     pub lsm_mount_context: Option<String>,
+    /// Let something go wrong, for tests: see ferry criu --list-faults.
+    #[arg(long, value_name = "FAULT", hide = true)]
+    pub fault: Vec<Fault>,
     #[command(flatten)]
     pub id: IdArgs,
 }

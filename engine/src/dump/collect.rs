@@ -8,6 +8,7 @@ use std::io;
 use crate::agent::inject::{Context, Injected, find_syscall_instruction};
 use crate::agent::{Call, Pending};
 use crate::error::Refusal;
+use crate::fault::DumpStep;
 use crate::files::{FilesCollector, FilesDump};
 use crate::freeze::{StoppedProcess, StoppedTree};
 use crate::images::core::CoreEntry;
@@ -104,7 +105,7 @@ pub fn collect_tree(
     refusals.extend(outside_job(&tasks[0], &all_ids[0], level, options));
     let files = FilesCollector::new(root, options.files.clone()).map_err(DumpError::read(root, "mounts"))?;
     let mut collector =
-        Collector { files, shared: SharedObjects::default(), filters: FilterTable::default(), refusals, list };
+        Collector { files, shared: SharedObjects::default(), filters: FilterTable::default(), refusals, list, options };
     let mut processes: Vec<ProcessState> = Vec::with_capacity(tasks.len());
     for (index, ((task, ids), process)) in tasks.into_iter().zip(all_ids).zip(&mut tree.processes).enumerate() {
         let parent = processes.iter().find(|parent| parent.task.pid == process.parent);
@@ -184,6 +185,7 @@ struct Collector<'a> {
     filters: FilterTable,
     refusals: Vec<Refusal>,
     list: &'a mut RobustList,
+    options: &'a DumpOptions,
 }
 
 /// What a thread has said.
@@ -265,11 +267,12 @@ impl Collector<'_> {
         let contexts: Vec<(HostPid, &Context)> =
             process.threads.iter().map(|thread| (thread.tid, &thread.context)).collect();
         let mut agents = Injected::new(task.pid, contexts[0].1, at, contexts.len() - 1, self.list)?;
-        let result = ask_all(&mut agents, &contexts, outside, outsides, self.list);
+        let result = ask_all(&mut agents, &contexts, outside, outsides, self.list, self.options);
         let left = agents.leave();
         self.list.clear();
         let (outside, answers, brk, threads) = result?;
         left?;
+        self.options.step(DumpStep::Left)?;
         let queues = Queues::collect(process.threads.iter().map(|thread| thread.tid))?;
         let facts = ProcessFacts { outside, answers, queues, brk, threads };
         self.refusals.extend(refuse::check_process(task, &facts.outside, facts.threads.len()));
@@ -303,10 +306,13 @@ fn ask_all(
     outside: ProcessOutside,
     outsides: Vec<ThreadOutside>,
     list: &mut RobustList,
+    options: &DumpOptions,
 ) -> Result<(ProcessOutside, ProcessAnswers, u64, Vec<ThreadFacts>), DumpError> {
     for (tid, context) in &contexts[1..] {
+        options.step(DumpStep::Enter)?;
         agents.enter(*tid, context, list)?;
     }
+    options.step(DumpStep::Enter)?;
     let mut pending: Vec<(Pending<'_>, ThreadQuestions, Call)> = Vec::with_capacity(contexts.len());
     let mut of_process = None;
     for runner in agents.runners() {
@@ -318,6 +324,7 @@ fn ask_all(
         }
         pending.push((batch.submit()?, questions, gettid));
     }
+    options.step(DumpStep::Batch)?;
     let mut firsts = Vec::with_capacity(contexts.len());
     let mut leader = None;
     for (pending, questions, gettid) in pending {
@@ -337,5 +344,6 @@ fn ask_all(
     for (((first, ns_tid), outside), runner) in firsts.into_iter().zip(outsides).zip(agents.runners()) {
         threads.push(ThreadFacts { outside, answers: first.complete(runner)?, ns_tid });
     }
+    options.step(DumpStep::Answers)?;
     Ok((outside, answers, brk, threads))
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::fault::DumpStep;
 use crate::files::FilesDump;
 use crate::images::ids::TaskKobjIdsEntry;
 use crate::images::inventory::{InventoryEntry, LsmType, PluginsEntry};
@@ -47,6 +48,7 @@ pub fn save(
     dumped.processes = state.processes.len();
     dumped.threads = state.processes.iter().map(|process| process.cores.len()).sum();
     for process in &state.processes {
+        options.step(DumpStep::Records)?;
         save_process(process, sink)?;
     }
     let tree: Vec<PstreeEntry> = state.processes.iter().map(|process| tree_entry(process, state.level)).collect();

@@ -3,6 +3,7 @@
 use nix::errno::Errno;
 
 use crate::agent::AgentError;
+use crate::fault::Interrupted;
 use crate::files::RestoreFilesError;
 use crate::images::SourceError;
 use crate::memory::fill::FillError;
@@ -57,6 +58,9 @@ pub enum RestoreError {
     /// Ferry itself could not do something.
     #[error("cannot {step}: {errno}")]
     Own { step: &'static str, errno: Errno },
+    /// It was given up.
+    #[error("the restore was given up: {0}; nothing of it is left")]
+    Interrupted(Interrupted),
     /// The caller's own work failed.
     #[error("{what}: {problem}")]
     Caller { what: &'static str, problem: String },

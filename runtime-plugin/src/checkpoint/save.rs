@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump};
+use ferry_engine::fault::Faults;
 use ferry_engine::images::{ArchiveSink, FolderOptions, FolderSink};
 use ferry_engine::sys::{HostPid, PAGE_SIZE};
 use serde_json::json;
@@ -41,6 +42,7 @@ fn options(plan: &Plan, pid: i32) -> Result<DumpOptions, Failure> {
         after: if plan.args.leave_running { After::Run } else { After::Kill },
         shell_job: plan.args.shell_job,
         freezer: Some(container.cgroup.freezer()?),
+        faults: Faults::new(plan.args.fault.iter().copied()),
         ..DumpOptions::default()
     };
     options.files.file_locks = plan.args.file_locks;

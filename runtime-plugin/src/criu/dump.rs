@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ferry_engine::dump::{After, DumpOptions, dump_telling};
+use ferry_engine::fault::Faults;
 use ferry_engine::images::{FolderOptions, FolderSink};
 use ferry_engine::sys::HostPid;
 
@@ -32,6 +33,7 @@ fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
             (false, false) => After::Kill,
         },
         shell_job: options.shell_job,
+        faults: Faults::new(options.fault.iter().copied()),
         ..DumpOptions::default()
     };
     if let Some(seconds) = options.timeout {

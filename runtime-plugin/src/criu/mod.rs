@@ -15,6 +15,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use ferry_engine::fault::Point;
 use options::{Options, parse_size};
 
 use crate::failure::{Failure, Outcome};
@@ -62,6 +63,10 @@ fn run(options: &Options) -> Outcome {
     if options.version {
         println!("Version: {CRIU_VERSION}");
         println!("Ferry {}", env!("CARGO_PKG_VERSION"));
+        return Ok(ExitCode::SUCCESS);
+    }
+    if options.list_faults {
+        Point::all().for_each(|point| println!("{point}"));
         return Ok(ExitCode::SUCCESS);
     }
     let Some(command) = options.command.as_deref() else {

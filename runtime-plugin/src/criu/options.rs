@@ -12,6 +12,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
+use ferry_engine::fault::Fault;
 
 use super::words;
 use crate::failure::Failure;
@@ -225,6 +226,12 @@ pub struct Options {
     /// Where CRIU looks for plugins
     #[arg(short = 'L', long, value_name = "DIR")]
     pub libdir: Option<PathBuf>,
+    /// Let something go wrong, for tests: `POINT[:N]=error|kill|kill-parent|delay:MILLISECONDS`
+    #[arg(long, value_name = "FAULT", hide = true, action = ArgAction::Append)]
+    pub fault: Vec<Fault>,
+    /// Print the names of all points for --fault
+    #[arg(long, hide = true)]
+    pub list_faults: bool,
     /// Accept what CRIU calls deprecated
     #[arg(long)]
     pub deprecated: bool,

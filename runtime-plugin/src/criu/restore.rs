@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ferry_engine::fault::Faults;
 use ferry_engine::images::ImageSet;
 use ferry_engine::images::folder::FolderSource;
 use ferry_engine::namespaces::RestoreNamespaceOptions;
@@ -58,6 +59,7 @@ fn restore_options<'a>(options: &Options) -> Result<RestoreOptions<'a>, Failure>
         shell_job: options.shell_job,
         sibling: options.restore_sibling,
         leave_stopped: options.leave_stopped,
+        faults: Faults::new(options.fault.iter().copied()),
         ..RestoreOptions::default()
     };
     restore.namespaces = RestoreNamespaceOptions {

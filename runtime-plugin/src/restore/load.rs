@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 
+use ferry_engine::fault::Faults;
 use ferry_engine::images::{FolderSource, ImageSet, Source as ImageSource};
 use ferry_engine::namespaces::RestoreNamespaceOptions;
 use ferry_engine::restore::{RestoreOptions, Stage, restore};
@@ -41,6 +42,7 @@ pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
         namespaces,
         notify: Some(Box::new(|stage, root| run_hooks(plan, stage, root))),
         inherited: stdio_from_here(&stdio)?,
+        faults: Faults::new(plan.args.fault.iter().copied()),
         ..RestoreOptions::default()
     };
     let restored = restore(&images, options)?;
