@@ -87,13 +87,14 @@ pub fn namespace_key(kind: NamespaceKind) -> &'static str {
     }
 }
 
-fn is_bind(mount: &Mount) -> bool {
+/// Whether a mount shows something that the host has elsewhere.
+pub fn is_bind(mount: &Mount) -> bool {
     let by_option = mount.options().iter().flatten().any(|option| matches!(option.as_str(), "bind" | "rbind"));
     by_option || mount.typ().as_deref() == Some("bind")
 }
 
 /// `path` of the container with the links on its way followed inside `rootfs`, as the runtime mounted it.
-fn place(rootfs: &Path, path: &Path) -> PathBuf {
+pub fn place(rootfs: &Path, path: &Path) -> PathBuf {
     const MOST_LINKS: usize = 40;
     let mut todo: Vec<std::ffi::OsString> = components(path);
     todo.reverse();

@@ -4,6 +4,7 @@
 //! that makes every other command work on the container. On failure neither process, cgroup nor state is left.
 
 mod load;
+mod mountpoints;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use crate::foreground;
 use crate::launch::Bundle;
 use crate::lifecycle::{IdArgs, delete, print, write_pid_file};
 use crate::state::{Container, NewContainer, hooks_of};
+use mountpoints::Mountpoints;
 
 /// The folder in the current directory that runc's checkpoint writes when it is not told where.
 const RUNC_FOLDER: &str = "checkpoint";
@@ -171,8 +173,11 @@ fn bring_back(global: &Global, args: &RestoreArgs, bundle: &Bundle, source: Sour
     let hooks = hooks_of(&spec, &bundle.directory)?;
     let new = NewContainer::claim(&global.root, &args.id.id, &bundle.directory, &spec, cgroup)?;
     new.cgroup().create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
+    let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+    let mountpoints = Mountpoints::make(&spec, &bundle.directory, &rootfs)?;
     let plan = Plan { new: &new, bundle, source, work: args.work_path.clone(), hooks, args };
     let pid = load::restore_tree(&plan)?;
+    mountpoints.keep();
     Ok(new.keep(pid, ContainerStatus::Running)?)
 }
 
