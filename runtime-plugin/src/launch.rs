@@ -4,6 +4,7 @@
 //! `container_main_process` is done here instead: from a config in memory, with ferry's cgroup path and state. The
 //! order is that of the builders: socket for the start, `oom_score_adj`, not dumpable, then the process.
 
+mod program;
 mod tenant;
 
 use std::fs;
@@ -20,8 +21,8 @@ use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::container_main_process;
 use libcontainer::syscall::syscall::{SyscallType, create_syscall};
 use libcontainer::user_ns::UserNamespaceConfig;
+use libcontainer::utils;
 use libcontainer::validator::Validator;
-use libcontainer::{utils, workload};
 
 pub use tenant::{Tenant, exec};
 
@@ -265,7 +266,7 @@ fn main_process(plan: ProcessPlan) -> Result<i32> {
         cgroup_config: plan.cgroup.config(),
         user_ns_config,
         detached: plan.passed.detached,
-        executor: workload::default::get_executor(),
+        executor: Box::new(program::Program),
         no_pivot: plan.no_pivot,
         stdin: None,
         stdout: None,
