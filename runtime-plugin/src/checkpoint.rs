@@ -242,14 +242,15 @@ fn remove(container: &Container) -> Result<(), Failure> {
     }
 }
 
-/// Prints what was done; beside an archive on standard output, on standard error.
+/// Prints what was done. On standard error beside an archive on standard output, and for the callers of runc, which
+/// name a folder and pass on to others what a runtime prints.
 fn tell(plan: &Plan, summary: &Summary) -> Result<(), Failure> {
     let text = match plan.args.format {
         SummaryFormat::Text => sentence(plan, summary),
         SummaryFormat::Json => report(plan, summary).to_string(),
     };
-    match plan.destination {
-        Destination::Stream(_) => {
+    match (&plan.destination, plan.args.format) {
+        (Destination::Stream(_), _) | (Destination::Folder(_), SummaryFormat::Text) => {
             logs::say(&text);
             Ok(())
         }
