@@ -9,12 +9,17 @@
 
 pub mod bundle;
 pub mod capabilities;
+pub mod client;
 pub mod container;
+pub mod containerd;
 pub mod engine;
 pub mod expectations;
+pub mod image;
 pub mod place;
+pub mod podman;
 pub mod processes;
 pub mod programs;
+pub mod service;
 pub mod workload;
 
 pub use bundle::Bundle;

@@ -20,6 +20,7 @@ mod registers;
 mod restart;
 mod room;
 mod seccomp;
+mod service;
 mod signals;
 mod sockets;
 mod sys;
@@ -79,6 +80,7 @@ fn groups() -> Vec<&'static [Workload]> {
         workloads!(sockets: unix_connected, unix_datagram, udp),
         workloads!(devices: devices),
         workloads!(locks: futex_between_processes),
+        workloads!(service: service),
         refused::WORKLOADS,
     ]
 }
