@@ -271,6 +271,7 @@ impl Decisions {
                 pid: root.pid,
                 comm: root.comm.clone(),
                 problem: found.to_string(),
+                pid_taken: false,
             };
             return Err(RestoreError::Obstacles(namespaces.obstacles().iter().map(obstacle).collect()));
         }

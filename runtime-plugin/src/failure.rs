@@ -11,18 +11,29 @@ use std::process::ExitCode;
 pub struct Failure {
     sentence: String,
     status: u8,
+    errno: Option<i32>,
 }
 
 impl Failure {
     /// A failure with exit status 1, which is runc's for every error of its own.
     pub fn new(sentence: impl Into<String>) -> Self {
-        Self { sentence: sentence.into(), status: 1 }
+        Self { sentence: sentence.into(), status: 1, errno: None }
     }
 
     /// The same failure with another exit status.
     #[cfg_attr(not(feature = "oci"), allow(dead_code, reason = "CRIU's commands exit with 1 alone"))]
     pub fn with_status(self, status: u8) -> Self {
         Self { status, ..self }
+    }
+
+    /// The same failure with an error number for programs (errno(3)).
+    pub fn with_errno(self, errno: i32) -> Self {
+        Self { errno: Some(errno), ..self }
+    }
+
+    /// The error number for programs, if there is one.
+    pub fn errno(&self) -> Option<i32> {
+        self.errno
     }
 
     /// The status that the command exits with.
@@ -32,7 +43,7 @@ impl Failure {
 
     /// The same failure, told as the cause of `what` having failed.
     pub fn context(self, what: impl fmt::Display) -> Self {
-        Self { sentence: format!("{what}: {}", self.sentence), status: self.status }
+        Self { sentence: format!("{what}: {}", self.sentence), ..self }
     }
 }
 

@@ -72,6 +72,7 @@ impl Files {
             pid: found.pid,
             comm: found.comm,
             problem: format!("{}: {}", found.object, found.problem),
+            pid_taken: false,
         };
         Err(RestoreError::Obstacles(found.into_iter().map(obstacle).collect()))
     }

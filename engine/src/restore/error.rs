@@ -66,6 +66,17 @@ pub enum RestoreError {
     Caller { what: &'static str, problem: String },
 }
 
+impl RestoreError {
+    /// Whether what failed is that another task has a pid of the tree.
+    pub fn is_pid_taken(&self) -> bool {
+        match self {
+            Self::Clone { errno, .. } => *errno == Errno::EEXIST,
+            Self::Obstacles(obstacles) => obstacles.iter().any(|obstacle| obstacle.pid_taken),
+            _ => false,
+        }
+    }
+}
+
 fn pid_problem(errno: Errno) -> String {
     match errno {
         Errno::EEXIST => "a task, group or session of this machine has that number; restore when it is gone, \
@@ -85,6 +96,8 @@ pub struct Obstacle {
     pub comm: String,
     /// What is wrong, and what to do.
     pub problem: String,
+    /// Whether it is that another task has the pid.
+    pub pid_taken: bool,
 }
 
 impl std::fmt::Display for Obstacle {

@@ -53,9 +53,13 @@ impl Plan {
     pub fn new(checkpoint: &Checkpoint, circumstances: &Circumstances) -> Result<Self, RestoreError> {
         let vdso = Vdso::collect().map_err(|problem| RestoreError::Caller { what: "vdso", problem })?;
         let mut obstacles = Vec::new();
-        let mut object = |task: &TaskImages, problem: String| {
-            obstacles.push(Obstacle { pid: task.pid, comm: task.comm.clone(), problem });
+        let obstacle = |task: &TaskImages, problem: String, pid_taken: bool| Obstacle {
+            pid: task.pid,
+            comm: task.comm.clone(),
+            problem,
+            pid_taken,
         };
+        let mut object = |task: &TaskImages, problem: String| obstacles.push(obstacle(task, problem, false));
         let root = &checkpoint.tasks[0];
         if root.session != root.pid.0 && root.session != 0 && !circumstances.shell_job {
             let problem = format!(
@@ -96,12 +100,13 @@ impl Plan {
             for task in &checkpoint.tasks {
                 for tid in std::iter::once(task.pid).chain(task.threads.iter().map(|thread| thread.tid)) {
                     if taken(tid) {
-                        object(task, taken_problem(tid));
+                        obstacles.push(obstacle(task, taken_problem(tid), true));
                     }
                 }
             }
             for helper in tree.helpers.iter().filter(|helper| taken(NsPid(helper.pid))) {
-                object(&checkpoint.tasks[helper.parent], taken_problem(NsPid(helper.pid)));
+                let parent = &checkpoint.tasks[helper.parent];
+                obstacles.push(obstacle(parent, taken_problem(NsPid(helper.pid)), true));
             }
         }
         if !obstacles.is_empty() {

@@ -6,6 +6,7 @@
 
 pub mod clone;
 pub mod cpuid;
+pub mod descriptor;
 pub mod kcmp;
 pub mod owner;
 pub mod pagemap;

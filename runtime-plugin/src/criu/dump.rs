@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use ferry_engine::dump::{After, DumpOptions, dump_telling};
+use ferry_engine::dump::{After, DumpError, DumpOptions, dump_telling};
 use ferry_engine::fault::Faults;
+use ferry_engine::freeze::FreezeError;
 use ferry_engine::images::{FolderOptions, FolderSink};
 use ferry_engine::sys::HostPid;
 
 use super::listen::{Client, Listeners};
 use super::options::Options;
-use super::{images_dir, parse_size, work_dir};
+use super::{images_dir, parse_size, work_dir, write_new};
 use crate::failure::Failure;
 
 /// Dumps the tree; `client` is told of stages, besides action scripts.
@@ -17,8 +18,13 @@ pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<(), Failure
     let pid = options.tree.ok_or_else(|| Failure::new("dump needs --tree PID, the root of the process tree"))?;
     let dump_options = dump_options(options)?;
     let mut sink = FolderSink::open(images_dir(options), FolderOptions::default())?;
-    let dumped = dump_telling(HostPid(pid), &mut sink, &dump_options, &mut Listeners::new(options, client))?;
-    std::fs::write(work_dir(options).join("stats-dump"), dumped.stats_image())
+    let dumped = dump_telling(HostPid(pid), &mut sink, &dump_options, &mut Listeners::new(options, client)).map_err(
+        |error| match error {
+            DumpError::Freeze(FreezeError::NoProcess { .. }) => Failure::from(error).with_errno(libc::ESRCH),
+            error => error.into(),
+        },
+    )?;
+    write_new(&work_dir(options).join("stats-dump"), &dumped.stats_image())
         .map_err(|error| Failure::new(format!("the dump is complete, but stats-dump cannot be written: {error}")))?;
     tracing::info!("Dumping finished successfully");
     Ok(())

@@ -10,13 +10,16 @@ use ferry_hooks::{ActionScripts, Event, Notifier};
 use super::options::Options;
 use super::{Failure, images_dir};
 
-/// The client of an RPC request that asked to be told.
+/// The client of an RPC request.
 pub trait Client: Notifier {
-    /// Objects that the client names as external while the tree is stopped.
+    /// Whether it may name external objects.
+    fn names_external(&self) -> bool;
+
+    /// The tree to dump is stopped. Objects of it that the client names as external.
     ///
     /// # Errors
-    /// A sentence: the client refused, or is gone.
-    fn query_external(&self) -> Result<Vec<String>, Failure>;
+    /// A sentence: the client refused, or is gone, or may not dump this tree.
+    fn tree_stopped(&self) -> Result<Vec<String>, Failure>;
 }
 
 /// Everyone who is told.
@@ -81,10 +84,10 @@ impl DumpListener for Listeners<'_> {
     }
 
     fn names_external(&self) -> bool {
-        self.client.is_some()
+        self.client.is_some_and(Client::names_external)
     }
 
     fn more_external(&mut self) -> Result<Vec<String>, String> {
-        self.client.map_or(Ok(Vec::new()), |client| client.query_external().map_err(|failure| failure.to_string()))
+        self.client.map_or(Ok(Vec::new()), |client| client.tree_stopped().map_err(|failure| failure.to_string()))
     }
 }

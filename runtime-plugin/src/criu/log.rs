@@ -1,4 +1,7 @@
-//! The log file of a `criu` command: lines of seconds since the start, as CRIU's readers expect them.
+//! The log of a `criu` command, as CRIU's readers expect it.
+//!
+//! A line is the time since the command started, then `Error`, `Warn ` or neither, then what happened. runc, Podman and
+//! containerd show people the lines that hold the word `Error`.
 
 use std::fmt;
 use std::fs::File;
@@ -7,45 +10,66 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use tracing::Level;
 use tracing::level_filters::LevelFilter;
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::time::FormatTime;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
 
-/// Time since the command started, as `(SS.uuuuuu)`.
-struct SinceStart(Instant);
+/// Lines with the time since the command started, as `(SS.uuuuuu)`.
+struct CriuLine(Instant);
 
-impl FormatTime for SinceStart {
-    fn format_time(&self, out: &mut Writer<'_>) -> fmt::Result {
+impl<S, N> FormatEvent<S, N> for CriuLine
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(&self, context: &FmtContext<'_, S, N>, mut out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         let elapsed = self.0.elapsed();
-        write!(out, "({:02}.{:06})", elapsed.as_secs(), elapsed.subsec_micros())
+        write!(out, "({:02}.{:06}) ", elapsed.as_secs(), elapsed.subsec_micros())?;
+        match *event.metadata().level() {
+            Level::ERROR => out.write_str("Error (ferry): ")?,
+            Level::WARN => out.write_str("Warn  (ferry): ")?,
+            _ => {}
+        }
+        for span in context.event_scope().into_iter().flat_map(|scope| scope.from_root()) {
+            write!(out, "{}", span.name())?;
+            let fields = span.extensions();
+            if let Some(fields) =
+                fields.get::<tracing_subscriber::fmt::FormattedFields<N>>().filter(|all| !all.is_empty())
+            {
+                write!(out, "{{{fields}}}")?;
+            }
+            out.write_str(": ")?;
+        }
+        context.field_format().format_fields(out.by_ref(), event)?;
+        writeln!(out)
     }
 }
 
-/// Sends events to `file` (made anew), or to standard error. `level` is CRIU's, 0 to 4.
+/// Sends events to the file at `file` (made anew), or to standard error. `level` is CRIU's, 0 to 4.
 ///
 /// # Errors
 /// The file cannot be created.
 pub fn install(file: Option<&Path>, level: u32) -> io::Result<()> {
+    install_to(file.map(File::create).transpose()?, level);
+    Ok(())
+}
+
+/// Sends events to `file`, or to standard error. `level` is CRIU's, 0 to 4.
+pub fn install_to(file: Option<File>, level: u32) {
     let filter = match level {
         0 => LevelFilter::OFF,
-        1 => LevelFilter::from_level(Level::ERROR),
-        2 => LevelFilter::from_level(Level::WARN),
-        3 => LevelFilter::from_level(Level::INFO),
-        _ => LevelFilter::from_level(Level::DEBUG),
+        1 => LevelFilter::ERROR,
+        2 => LevelFilter::WARN,
+        3 => LevelFilter::INFO,
+        _ => LevelFilter::DEBUG,
     };
-    let format = tracing_subscriber::fmt()
-        .with_max_level(filter)
-        .with_ansi(false)
-        .with_target(false)
-        .with_timer(SinceStart(Instant::now()));
+    let format =
+        tracing_subscriber::fmt().with_max_level(filter).with_ansi(false).event_format(CriuLine(Instant::now()));
     // A second installation would be a second command in one process, which there is not.
     let _ = match file {
-        Some(path) => {
-            let file = File::create(path)?;
-            tracing::subscriber::set_global_default(format.with_writer(Mutex::new(file)).finish())
-        }
+        Some(file) => tracing::subscriber::set_global_default(format.with_writer(Mutex::new(file)).finish()),
         None => tracing::subscriber::set_global_default(format.with_writer(io::stderr).finish()),
     };
-    Ok(())
 }

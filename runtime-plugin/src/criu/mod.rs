@@ -9,9 +9,12 @@ mod listen;
 mod log;
 pub mod options;
 mod restore;
+mod rpc;
 mod words;
 
 use std::ffi::OsString;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -87,7 +90,9 @@ fn run(options: &Options) -> Outcome {
             Ok(ExitCode::SUCCESS)
         }
         "check" => check(options),
-        "pre-dump" | "page-server" | "lazy-pages" | "exec" | "service" | "swrk" | "dedup" | "cpuinfo" => {
+        "swrk" => rpc::swrk(options),
+        "service" => rpc::service(options),
+        "pre-dump" | "page-server" | "lazy-pages" | "exec" | "dedup" | "cpuinfo" => {
             Err(Failure::new(format!("ferry does not support the command {command} yet")))
         }
         other => Err(Failure::new(format!("unknown command {other}: use dump, restore or check; see criu --help"))),
@@ -107,6 +112,15 @@ fn install_log(options: &Options) -> Result<(), Failure> {
         let path = file.unwrap_or_default();
         Failure::new(format!("cannot create the log file {}: {error}", path.display()))
     })
+}
+
+/// Writes a file that takes the place of whatever has its name, a link included.
+fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    OpenOptions::new().write(true).create_new(true).open(path)?.write_all(content)
 }
 
 /// Where logs and statistics go.

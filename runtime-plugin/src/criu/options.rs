@@ -319,11 +319,13 @@ impl Options {
     }
 
     /// What this line asks for and ferry cannot do. Values are looked at too: a mode that means nothing to ferry is taken.
+    ///
+    /// Words that only permit something (`--tcp-close`, `--link-remap`, …) are not among it: clients give them to every
+    /// container. What needs them is refused where it is found.
     pub fn unsupported(&self) -> Vec<&'static str> {
         let asked = [
             ("--prev-images-dir", self.prev_images_dir.is_some()),
             ("--track-mem", self.track_mem),
-            ("--auto-dedup", self.auto_dedup),
             ("--lazy-pages", self.lazy_pages),
             ("--page-server", self.page_server),
             ("--stream", self.stream),
@@ -338,10 +340,6 @@ impl Options {
             ("--lsm-mount-context", self.lsm_mount_context.is_some()),
             ("--status-fd", self.status_fd.is_some()),
             ("--exec-cmd", self.exec_cmd),
-            ("--tcp-close", self.tcp_close),
-            ("--skip-in-flight", self.skip_in_flight),
-            ("--ext-unix-sk", !self.ext_unix_sk.is_empty()),
-            ("--link-remap", self.link_remap),
             ("--skip-mnt", !self.skip_mnt.is_empty()),
         ];
         asked.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()

@@ -15,7 +15,7 @@ use ferry_hooks::Event;
 
 use super::listen::{Client, Listeners};
 use super::options::Options;
-use super::{images_dir, work_dir};
+use super::{images_dir, work_dir, write_new};
 use crate::failure::Failure;
 
 /// Restores the tree; `client` is told of stages, besides action scripts. The root's pid.
@@ -29,14 +29,18 @@ pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<HostPid, Fa
             notify: Some(Box::new(|stage, root| listeners.restoring(stage, root))),
             ..restore_options(options)?
         },
-    )?;
+    )
+    .map_err(|error| match error.is_pid_taken() {
+        true => Failure::from(error).with_errno(libc::EEXIST),
+        false => Failure::from(error),
+    })?;
     let written = |what: &str, error: std::io::Error| {
         Failure::new(format!(
             "the tree is restored and runs as {}, but {what} cannot be written: {error}",
             restored.pid
         ))
     };
-    std::fs::write(work_dir(options).join("stats-restore"), restored.stats_image())
+    write_new(&work_dir(options).join("stats-restore"), &restored.stats_image())
         .map_err(|error| written("stats-restore", error))?;
     if let Some(file) = &options.pidfile {
         std::fs::write(file, restored.pid.to_string()).map_err(|error| written("the pid file", error))?;

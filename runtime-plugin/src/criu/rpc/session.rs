@@ -1,0 +1,294 @@
+//! One connection: requests, one after the other, and their answers.
+//!
+//! A dump or restore is the last request of a connection. `keep_open` leaves it open after the requests that
+//! only ask; with any other the connection is closed without an answer, as CRIU does. Statuses of the process are CRIU's too.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+use ferry_engine::preflight;
+
+use super::connection::{Connection, ReceiveError, sentence_for_answer};
+use super::message::{Answer, DumpAnswer, Features, Request, RequestOptions, RequestType, RestoreAnswer, Version};
+use super::notify::Listener;
+use super::peer::Peer;
+use super::request::{Prepared, prepare};
+use crate::criu::{dump, log, restore, work_dir};
+use crate::failure::Failure;
+
+/// The release that this protocol follows, as numbers.
+const VERSION: (i32, i32, i32) = (4, 2, 0);
+
+/// A connection, and who is at its other end.
+pub struct Session {
+    connection: Connection,
+    peer: Peer,
+}
+
+/// What follows an answer.
+enum Next {
+    /// The connection was of use, and another request may come if it is to stay open.
+    Answered,
+    /// This was the last request.
+    Done(ExitCode),
+}
+
+/// CRIU's status where it returns -1 from its main function.
+const MINUS_ONE: u8 = 255;
+
+impl Session {
+    /// Begins; a `starter` is the one who started this process.
+    ///
+    /// # Errors
+    /// The client cannot be told.
+    pub fn begin(connection: Connection, starter: bool) -> Result<Self, Failure> {
+        let peer = Peer::of(&connection, starter)?;
+        Ok(Self { connection, peer })
+    }
+
+    /// Answers requests until the last.
+    pub fn serve(&self) -> ExitCode {
+        let mut answered = false;
+        loop {
+            let request = match self.connection.receive() {
+                Ok(request) => request,
+                // A client that has had its answers may go.
+                Err(ReceiveError::Closed) if answered => return ExitCode::SUCCESS,
+                Err(error) => {
+                    let failure = Failure::from(error).with_errno(libc::EBADRQC);
+                    tracing::error!("{failure}");
+                    self.fail(RequestType::Empty, &failure);
+                    return ExitCode::from(MINUS_ONE);
+                }
+            };
+            let kind = RequestType::try_from(request.r#type).unwrap_or(RequestType::Empty);
+            let keep_open = request.keep_open == Some(true);
+            if keep_open && !may_keep_open(kind) {
+                return ExitCode::from(MINUS_ONE);
+            }
+            match self.carry_out(kind, request) {
+                Next::Done(code) => return code,
+                Next::Answered if keep_open => answered = true,
+                Next::Answered => return ExitCode::SUCCESS,
+            }
+        }
+    }
+
+    fn carry_out(&self, kind: RequestType, request: Request) -> Next {
+        let options = request.opts.unwrap_or_else(|| RequestOptions { images_dir_fd: -1, ..RequestOptions::default() });
+        match kind {
+            RequestType::Dump => Next::Done(self.dump(&options)),
+            RequestType::Restore => Next::Done(self.restore(&options)),
+            RequestType::Check => self.answer_or_fail(kind, self.check(&options).map(|()| Answer::to(kind))),
+            RequestType::Version => self.answer_or_fail(kind, Ok(version())),
+            RequestType::FeatureCheck => self.answer_or_fail(kind, Ok(features(request.features.unwrap_or_default()))),
+            RequestType::WaitPid => self.answer_or_fail(kind, wait_for_child(request.pid)),
+            RequestType::PreDump | RequestType::SinglePreDump => {
+                self.fail(kind, &missing("a dump of memory before the dump (pre-dump)"));
+                Next::Done(ExitCode::from(MINUS_ONE))
+            }
+            RequestType::PageServer | RequestType::PageServerChild => {
+                // CRIU answers both with the one type.
+                self.answer_or_fail(RequestType::PageServer, Err(missing("the page server")))
+            }
+            RequestType::CpuinfoDump | RequestType::CpuinfoCheck => {
+                self.answer_or_fail(kind, Err(missing("saving and comparing what the CPU can do (cpuinfo)")))
+            }
+            RequestType::Empty | RequestType::Notify => {
+                let failure =
+                    Failure::new(format!("a request of type {} is not known, or not at this point", request.r#type));
+                tracing::error!("{failure}");
+                self.fail(RequestType::Empty, &failure);
+                Next::Done(ExitCode::from(MINUS_ONE))
+            }
+        }
+    }
+
+    fn answer_or_fail(&self, kind: RequestType, answer: Result<Answer, Failure>) -> Next {
+        let sent = match answer {
+            Ok(answer) => self.send(&answer),
+            Err(failure) => {
+                tracing::error!("{failure}");
+                self.fail(kind, &failure)
+            }
+        };
+        if sent { Next::Answered } else { Next::Done(ExitCode::FAILURE) }
+    }
+
+    /// Whether the client could be told.
+    fn send(&self, answer: &Answer) -> bool {
+        self.connection
+            .send(answer)
+            .inspect_err(|error| tracing::warn!("the client does not hear the answer: {error}"))
+            .is_ok()
+    }
+
+    fn fail(&self, kind: RequestType, failure: &Failure) -> bool {
+        self.send(&failed(kind, failure))
+    }
+
+    fn dump(&self, asked: &RequestOptions) -> ExitCode {
+        let prepared = prepare(RequestType::Dump, asked, &self.peer);
+        let root = asked.pid;
+        let done = prepared.and_then(|prepared| {
+            self.open_log(&prepared)?;
+            Self::may_go_on(&prepared)?;
+            self.peer.may_dump(prepared.root())?;
+            let listener = Listener::new(&self.connection, &self.peer, prepared.notify, prepared.root());
+            dump::run(&prepared.options, Some(&listener))
+        });
+        let answer = match &done {
+            // A client that was dumped itself, and ended, hears that it was when it is restored.
+            Ok(()) if root.is_none() && asked.leave_running != Some(true) => return ExitCode::SUCCESS,
+            Ok(()) => Answer::to(RequestType::Dump),
+            Err(failure) => {
+                tracing::error!("{failure}");
+                failed(RequestType::Dump, failure)
+            }
+        };
+        let answer = Answer { dump: Some(DumpAnswer { restored: Some(false) }), ..answer };
+        let told = self.send(&answer);
+        if done.is_ok() && told { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+
+    fn restore(&self, asked: &RequestOptions) -> ExitCode {
+        let prepared = prepare(RequestType::Restore, asked, &self.peer);
+        let done = prepared.and_then(|prepared| {
+            self.open_log(&prepared)?;
+            Self::may_go_on(&prepared)?;
+            self.peer.may_restore()?;
+            let listener = Listener::new(&self.connection, &self.peer, prepared.notify, prepared.root());
+            Ok((restore::run(&prepared.options, Some(&listener))?, prepared))
+        });
+        let (answer, exec) = match done {
+            Ok((root, prepared)) => {
+                let restore = Some(RestoreAnswer { pid: root.0 });
+                let log = prepared.options.log_file.as_ref().map(|name| work_dir(&prepared.options).join(name));
+                (Answer { restore, ..Answer::to(RequestType::Restore) }, Some((prepared.exec, log)))
+            }
+            Err(failure) => {
+                tracing::error!("{failure}");
+                let restore = Some(RestoreAnswer { pid: -1 });
+                (Answer { restore, ..failed(RequestType::Restore, &failure) }, None)
+            }
+        };
+        let told = self.send(&answer);
+        match exec {
+            Some((exec, log)) if told => run_instead(&exec, log.as_deref()),
+            _ => ExitCode::FAILURE,
+        }
+    }
+
+    fn check(&self, asked: &RequestOptions) -> Result<(), Failure> {
+        if asked.log_file.is_some() && asked.log_to_stderr != Some(true) {
+            let prepared = prepare(RequestType::Check, asked, &self.peer)?;
+            if prepared.options.images_dir.is_none() && prepared.options.work_dir.is_none() {
+                return Err(Failure::new("a log file needs images_dir_fd or work_dir_fd").with_errno(libc::EBADRQC));
+            }
+            self.open_log(&prepared)?;
+        }
+        Ok(preflight::check_host()?)
+    }
+
+    /// Sends the log into the work folder.
+    fn open_log(&self, prepared: &Prepared) -> Result<(), Failure> {
+        let options = &prepared.options;
+        let Some(name) = &options.log_file else {
+            log::install_to(None, options.log_level());
+            return Ok(());
+        };
+        let path = work_dir(options).join(name);
+        let file = if self.peer.is_trusted() {
+            File::create(&path)
+        } else {
+            // What has the name may be a link to anything.
+            let _ = std::fs::remove_file(&path);
+            OpenOptions::new().write(true).create_new(true).open(&path)
+        };
+        let file = file.map_err(|error| {
+            Failure::from(error)
+                .context(format!("cannot create the log file {}", path.display()))
+                .with_errno(libc::EBADRQC)
+        })?;
+        log::install_to(Some(file), options.log_level());
+        Ok(())
+    }
+
+    fn may_go_on(prepared: &Prepared) -> Result<(), Failure> {
+        let mut unsupported = prepared.options.unsupported();
+        // The root is born into the cgroups of this process, and clients that name others have put it there.
+        unsupported.retain(|name| *name != "--cgroup-root");
+        match unsupported.as_slice() {
+            [] => Ok(()),
+            names => Err(Failure::new(format!("ferry does not support {} yet", names.join(", ")))),
+        }
+    }
+}
+
+fn may_keep_open(kind: RequestType) -> bool {
+    matches!(
+        kind,
+        RequestType::PageServer
+            | RequestType::PageServerChild
+            | RequestType::CpuinfoDump
+            | RequestType::CpuinfoCheck
+            | RequestType::FeatureCheck
+            | RequestType::Version
+    )
+}
+
+fn failed(kind: RequestType, failure: &Failure) -> Answer {
+    Answer {
+        success: false,
+        cr_errno: failure.errno(),
+        cr_errmsg: Some(sentence_for_answer(&failure.to_string())),
+        ..Answer::to(kind)
+    }
+}
+
+fn missing(what: &str) -> Failure {
+    Failure::new(format!("ferry does not support {what} yet")).with_errno(libc::ENOTSUP)
+}
+
+fn version() -> Answer {
+    let (major_number, minor_number, sublevel) = VERSION;
+    let version = Version { major_number, minor_number, sublevel: Some(sublevel), name: None };
+    Answer { version: Some(version), ..Answer::to(RequestType::Version) }
+}
+
+/// All are answered; those that were not asked for, or are not there, with false.
+fn features(asked: Features) -> Answer {
+    let features = Features {
+        mem_track: Some(false),
+        lazy_pages: Some(false),
+        // pidfd_open(2) and pidfd_getfd(2) are older than any kernel that ferry runs on.
+        pidfd_store: Some(asked.pidfd_store == Some(true)),
+    };
+    Answer { features: Some(features), ..Answer::to(RequestType::FeatureCheck) }
+}
+
+/// Waits for a child of this process, which earlier requests of the connection may have made.
+fn wait_for_child(pid: Option<u32>) -> Result<Answer, Failure> {
+    let pid = pid.and_then(|pid| rustix::process::Pid::from_raw(i32::try_from(pid).ok()?));
+    let none = || Failure::new("there is no such child to wait for").with_errno(libc::ECHILD);
+    let pid = pid.ok_or_else(none)?;
+    match rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty()) {
+        Ok(Some((_, status))) => Ok(Answer { status: Some(status.as_raw()), ..Answer::to(RequestType::WaitPid) }),
+        Ok(None) | Err(rustix::io::Errno::CHILD) => Err(none()),
+        Err(errno) => Err(Failure::from(errno).with_errno(errno.raw_os_error())),
+    }
+}
+
+/// Runs a program in place of this process, if there is one to run. What it prints goes to the log, as with CRIU.
+fn run_instead(words: &[String], log: Option<&Path>) -> ExitCode {
+    let Some((program, arguments)) = words.split_first() else { return ExitCode::SUCCESS };
+    let output = || match log.map(|log| OpenOptions::new().append(true).open(log)) {
+        Some(Ok(file)) => Stdio::from(file),
+        Some(Err(_)) | None => Stdio::null(),
+    };
+    let error = Command::new(program).args(arguments).stdout(output()).stderr(output()).exec();
+    tracing::error!("the tree is restored, but {program} cannot be run: {error}");
+    ExitCode::FAILURE
+}
