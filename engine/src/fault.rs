@@ -74,15 +74,17 @@ impl DumpStep {
 /// Points within the phases of a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RestoreStep {
-    /// A task has been cloned.
+    /// A task has been cloned, and does not depend on its maker's life yet.
     Cloned,
-    /// A batch of a task is to be run.
+    /// Batches of tasks are to be run.
     Batch,
+    /// Some threads have been let go, others not. It is too late to fail there.
+    Freed,
 }
 
 impl RestoreStep {
     /// All of them.
-    pub const ALL: &'static [Self] = &[Self::Cloned, Self::Batch];
+    pub const ALL: &'static [Self] = &[Self::Cloned, Self::Batch, Self::Freed];
 }
 
 /// A point at which something may go wrong.

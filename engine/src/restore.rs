@@ -31,7 +31,7 @@ pub use error::{Obstacle, RestoreError};
 use crate::agent::{Area, NODE};
 use crate::cancel::Cancel;
 use crate::fault::{Edge, Faults, Point};
-use crate::files::Inherited;
+use crate::files::{Inherited, NameJournal};
 use crate::images::stats::{RestoreStatsEntry, StatsEntry};
 use crate::images::{ImageSet, Kind, encode};
 use crate::namespaces::{self, NamespaceKind, RestoreNamespaceOptions};
@@ -90,6 +90,8 @@ pub struct RestoreOptions<'a> {
     pub progress: Option<Progress<'a>>,
     /// Descriptors that stand for objects outside the tree.
     pub inherited: Inherited,
+    /// Told of names that are given in file systems, to take them away if ferry is killed.
+    pub names: Option<Box<dyn NameJournal>>,
     /// What ends the restore early. Not looked at any more once the tree is to run.
     pub cancel: Cancel,
     /// What a test lets go wrong.
@@ -99,10 +101,15 @@ pub struct RestoreOptions<'a> {
 impl RestoreOptions<'_> {
     /// Passes a point at which the restore may be made to fail, or be given up.
     pub(crate) fn pass(&self, point: Point) -> Result<(), RestoreError> {
-        let interrupted = |why| RestoreError::Interrupted(why);
-        self.faults.hit(point).map_err(|fault| interrupted(fault.into()))?;
-        self.cancel.check().map_err(|cancelled| interrupted(cancelled.into()))
+        pass(&self.faults, &self.cancel, point)
     }
+}
+
+/// See [`RestoreOptions::pass`].
+fn pass(faults: &Faults, cancel: &Cancel, point: Point) -> Result<(), RestoreError> {
+    let interrupted = |why| RestoreError::Interrupted(why);
+    faults.hit(point).map_err(|fault| interrupted(fault.into()))?;
+    cancel.check().map_err(|cancelled| interrupted(cancelled.into()))
 }
 
 /// A tree that runs again.
@@ -308,12 +315,13 @@ impl<'a> Restore<'a> {
             .map_err(failed("map the memory that is shared with tasks"))?;
         let list = RobustList::install(NODE).map_err(failed("watch over tasks"))?;
         let count = checkpoint.tasks.len() + plan.tree.helpers.len();
+        let (faults, cancel) = (options.faults.clone(), options.cancel.clone());
         Ok(Self {
             images,
             options,
             checkpoint,
             plan,
-            live: LiveTree::new(list, area, count),
+            live: LiveTree::new(list, area, count, faults, cancel),
             shared: parts.shared,
             pid_namespace: None,
             files: parts.files,
@@ -386,7 +394,8 @@ impl<'a> Restore<'a> {
         if self.namespaces.has_mount_namespace() {
             self.files.check(&format!("/proc/{root}/root"))?;
         }
-        self.files.prepare(&self.live)
+        let journal = self.options.names.take();
+        self.files.prepare(&self.live, journal)
     }
 
     fn notify(&mut self, stage: Stage) -> Result<(), RestoreError> {
@@ -402,7 +411,11 @@ impl<'a> Restore<'a> {
             self.notify(Stage::NetworkUnlock)?;
         }
         self.notify(Stage::PreResume)?;
-        self.go()
+        self.stop_again()?;
+        // From here on there is no way back.
+        self.files.remove_links();
+        self.let_go();
+        Ok(())
     }
 
     fn tree(&mut self) -> Result<(), RestoreError> {

@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::AgentError;
+use crate::sys::robust::FUTEX_OWNER_DIED;
 use crate::sys::shared::{SharedMemory, await_word, futex_wake, this_thread};
 use crate::sys::{HostPid, RemoteAddr};
 
@@ -100,6 +101,14 @@ impl Slot {
         // Clearing FUTEX_WAITERS makes a runner that is about to sleep look again: no wake-up is lost.
         let owner = self.memory.word(self.offset + OWNER);
         owner.store(this_thread(), Ordering::Release);
+        futex_wake(owner);
+    }
+
+    /// Lets the runner, if there is one, do what it does when ferry dies, as soon as it waits for work: what the kernel
+    /// would do with the robust list, done by hand.
+    pub fn abandon(&self) {
+        let owner = self.memory.word(self.offset + OWNER);
+        owner.fetch_or(FUTEX_OWNER_DIED, Ordering::AcqRel);
         futex_wake(owner);
     }
 

@@ -1,23 +1,24 @@
 //! Making deleted files again, from outside: ferry reaches the tree's mounts through `/proc/PID/root`.
 //!
-//! Every path is resolved by openat2(2) with `RESOLVE_IN_ROOT`: neither `..` nor a link leads out of the tree's root.
+//! The names that they have meanwhile are [`super::names`]' part.
 
-use std::collections::HashMap;
 use std::collections::btree_map::{BTreeMap, Entry};
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, chownat, fchmod, ftruncate, mkdirat,
-    mknodat, openat2, unlinkat, utimensat,
+    AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, chmodat, chownat, fchmod, fchown, ftruncate,
+    mkdirat, mknodat, openat, utimensat,
 };
 
+use super::names::{Names, split};
 use super::plan::{RestoreFilesError, inconsistent};
 use crate::images::files::FileEntry;
 use crate::images::ghost::{GhostChunkEntry, GhostFileEntry, RemapFilePathEntry, RemapType};
 use crate::images::{ImageName, Kind, Reader, decode_all};
-use crate::sys::HostPid;
 
 /// Reads an image of the set, if it is there.
 type GetImage<'a> = dyn FnMut(&str) -> Result<Option<Vec<u8>>, RestoreFilesError> + 'a;
@@ -43,9 +44,6 @@ pub struct GhostPlan {
     /// Other names for descriptions: hard links that the dump left.
     links: HashMap<u32, Vec<u8>>,
     made: HashMap<u32, Vec<u8>>,
-    /// What is to be removed at the end, in this order: a path, and whether it is a directory.
-    temporary: Vec<(Vec<u8>, bool)>,
-    root: Option<OwnedFd>,
 }
 
 impl GhostPlan {
@@ -93,15 +91,13 @@ impl GhostPlan {
         self.by_description.contains_key(&id) || self.links.contains_key(&id)
     }
 
-    /// Makes all files, in the mounts that `task` sees. [`Self::remove`] takes their names away again.
-    pub fn make(&mut self, task: HostPid) -> Result<(), RestoreFilesError> {
-        if self.ghosts.is_empty() && self.links.is_empty() {
-            return Ok(());
-        }
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::open(format!("/proc/{task}/root"), flags, Mode::empty()).map_err(|error| {
-            RestoreFilesError::Ghost { path: "/".into(), step: "open the tree's root", source: error.into() }
-        })?;
+    /// Whether names are to be given, or taken away at the end.
+    pub fn needs_names(&self) -> bool {
+        !self.ghosts.is_empty() || !self.links.is_empty()
+    }
+
+    /// Makes all files, under names that go when the restore ends.
+    pub fn make(&mut self, names: &mut Names) -> Result<(), RestoreFilesError> {
         for (number, ghost) in &self.ghosts {
             let own = ghost.path.clone();
             let other = [&ghost.path[..], format!(".cr.{number:x}.ghost").as_bytes()].concat();
@@ -110,48 +106,26 @@ impl GhostPlan {
                 step,
                 source,
             };
-            let made = match ghost.make(root.as_fd(), &own, &mut self.temporary) {
+            let made = match ghost.make(names, &own) {
                 Err((_, error)) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    ghost.make(root.as_fd(), &other, &mut self.temporary).map(|()| other)
+                    ghost.make(names, &other).map(|()| other)
                 }
                 result => result.map(|()| own),
             };
             self.made.insert(*number, made.map_err(failed)?);
         }
-        self.root = Some(root);
         Ok(())
     }
 
-    /// Takes every name away that [`Self::make`] gave, and those that the dump had left for the restore's use. What cannot be
-    /// removed is told in the error, after the rest has been.
-    pub fn finish(&mut self) -> Result<(), RestoreFilesError> {
-        self.temporary.extend(self.links.drain().map(|(_, path)| (path, false)));
+    /// Removes the names that the dump had left for the restore's use, which are of none any more.
+    pub fn remove_links(&mut self, names: &mut Names) {
         // Several descriptions may have been tied to one link.
-        self.temporary.sort();
-        self.temporary.dedup();
-        self.remove()
-    }
-
-    fn remove(&mut self) -> Result<(), RestoreFilesError> {
-        let mut first = Ok(());
-        let Some(root) = self.root.take() else { return first };
-        for (path, directory) in std::mem::take(&mut self.temporary).into_iter().rev() {
-            let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-            let removed = parent(root.as_fd(), &path).and_then(|(parent, name)| Ok(unlinkat(parent, name, flags)?));
-            if let (Err(source), true) = (removed, first.is_ok()) {
-                let path = String::from_utf8_lossy(&path).into_owned();
-                first = Err(RestoreFilesError::Ghost { path, step: "remove it again", source });
+        let links: BTreeSet<Vec<u8>> = self.links.drain().map(|(_, path)| path).collect();
+        for path in links {
+            if let Err(error) = names.remove_old(&path) {
+                tracing::warn!(path = %String::from_utf8_lossy(&path), %error, "a link that the dump had made stays");
             }
         }
-        first
-    }
-}
-
-impl Drop for GhostPlan {
-    fn drop(&mut self) {
-        // A restore that failed leaves no files but those that were there before, so that it can be tried again; there is
-        // nobody left to tell if that fails too.
-        let _ = self.remove();
     }
 }
 
@@ -180,50 +154,42 @@ impl Ghost {
         Ok(Self { path, entry, size, extents })
     }
 
-    fn make(
-        &self,
-        root: BorrowedFd<'_>,
-        path: &[u8],
-        temporary: &mut Vec<(Vec<u8>, bool)>,
-    ) -> Result<(), (&'static str, io::Error)> {
+    fn make(&self, names: &mut Names, path: &[u8]) -> Result<(), (&'static str, io::Error)> {
         let step = |step: &'static str| move |error: rustix::io::Errno| (step, io::Error::from(error));
-        make_parents(root, path, temporary).map_err(|error| ("make its directory", error))?;
-        let (directory, name) = parent(root, path).map_err(|error| ("find its directory", error))?;
+        make_parents(names, path).map_err(|error| ("make its directory", error))?;
         let entry = &self.entry;
         let file_type = FileType::from_raw_mode(entry.mode);
         let mode = Mode::from_raw_mode(entry.mode);
         let is_directory = file_type == FileType::Directory;
-        let create = step("create it");
-        match file_type {
+        let create = |folder: BorrowedFd<'_>, name: &[u8]| match file_type {
             FileType::RegularFile => {
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let file = rustix::fs::openat(&directory, name, flags, Mode::RUSR | Mode::WUSR).map_err(create)?;
-                temporary.push((path.to_vec(), false));
+                Ok(Some(File::from(openat(folder, name, flags, Mode::RUSR | Mode::WUSR)?)))
+            }
+            FileType::Directory => Ok(mkdirat(folder, name, mode).map(|()| None)?),
+            FileType::Fifo | FileType::CharacterDevice | FileType::BlockDevice => {
+                Ok(mknodat(folder, name, file_type, mode, entry.rdev.unwrap_or(0).into()).map(|()| None)?)
+            }
+            _ => Err(io::Error::other("files of this type cannot be made")),
+        };
+        let file = names.give(path, is_directory, create).map_err(|error| ("create it", error))?;
+        let (folder, name) = names.find(path).map_err(|error| ("find it again", error))?;
+        let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+        match file {
+            Some(file) => {
                 ftruncate(&file, self.size).map_err(step("set its size"))?;
-                let file = std::fs::File::from(file);
                 for (offset, bytes) in &self.extents {
                     file.write_all_at(bytes, *offset).map_err(|error| ("write its content", error))?;
                 }
-                let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-                rustix::fs::fchown(&file, Some(uid), Some(gid)).map_err(step("set its owner"))?;
+                fchown(&file, Some(uid), Some(gid)).map_err(step("set its owner"))?;
                 fchmod(&file, mode).map_err(step("set its mode"))?;
             }
-            FileType::Directory => {
-                mkdirat(&directory, name, mode).map_err(create)?;
-                temporary.push((path.to_vec(), true));
+            None => {
+                chownat(folder, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+                    .map_err(step("set its owner"))?;
+                // chmod(2) has no way not to follow a link; the name was made just now and is none.
+                chmodat(folder, name, mode, AtFlags::empty()).map_err(step("set its mode"))?;
             }
-            FileType::Fifo | FileType::CharacterDevice | FileType::BlockDevice => {
-                mknodat(&directory, name, file_type, mode, entry.rdev.unwrap_or(0).into()).map_err(create)?;
-                temporary.push((path.to_vec(), false));
-            }
-            _ => return Err(("create it", io::Error::other("files of this type cannot be made"))),
-        }
-        if file_type != FileType::RegularFile {
-            let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-            chownat(&directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(step("set its owner"))?;
-            // chmod(2) has no way not to follow a link; the name was made just now and is none.
-            rustix::fs::chmodat(&directory, name, mode, AtFlags::empty()).map_err(step("set its mode"))?;
         }
         if let (Some(accessed), Some(modified), false) = (&entry.atim, &entry.mtim, is_directory) {
             let time = |time: &crate::images::ghost::Timeval| Timespec {
@@ -231,43 +197,26 @@ impl Ghost {
                 tv_nsec: (time.tv_usec % 1_000_000) as i64 * 1000,
             };
             let times = Timestamps { last_access: time(accessed), last_modification: time(modified) };
-            utimensat(&directory, name, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(step("set its times"))?;
+            utimensat(folder, name, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(step("set its times"))?;
         }
         Ok(())
     }
 }
 
-/// The directory of `path`, opened within `root`, and the name in it.
-fn parent<'a>(root: BorrowedFd<'_>, path: &'a [u8]) -> io::Result<(OwnedFd, &'a [u8])> {
-    let slash = path.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
-    let (directory, name) = (&path[..slash], &path[slash + 1..]);
-    if name.is_empty() || name == b"." || name == b".." {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a file's name"));
-    }
-    let directory = if directory.is_empty() { &b"/"[..] } else { directory };
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok((openat2(root, directory, flags, Mode::empty(), ResolveFlags::IN_ROOT)?, name))
-}
-
 /// Makes the directories on the way to `path` that are not there.
-fn make_parents(root: BorrowedFd<'_>, path: &[u8], temporary: &mut Vec<(Vec<u8>, bool)>) -> io::Result<()> {
+fn make_parents(names: &mut Names, path: &[u8]) -> io::Result<()> {
     let mut missing = Vec::new();
     let mut at = path;
-    loop {
-        match parent(root, at) {
-            Ok(_) => break,
-            Err(error) if error.kind() == io::ErrorKind::NotFound && missing.len() < DEEPEST => {
-                let slash = at.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
-                at = &at[..slash];
-                missing.push(at);
-            }
-            Err(error) => return Err(error),
+    while !names.has_folder(at)? {
+        if missing.len() == DEEPEST {
+            return Err(io::ErrorKind::NotFound.into());
         }
+        at = split(at).0;
+        missing.push(at);
     }
-    for directory in missing.into_iter().rev() {
-        let (above, name) = parent(root, directory)?;
-        mkdirat(above, name, Mode::from_raw_mode(0o755))?;
-        temporary.push((directory.to_vec(), true));
-    }
-    Ok(())
+    let mode = Mode::from_raw_mode(0o755);
+    missing
+        .into_iter()
+        .rev()
+        .try_for_each(|directory| names.give(directory, true, |folder, name| Ok(mkdirat(folder, name, mode)?)))
 }

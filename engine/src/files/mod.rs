@@ -19,6 +19,7 @@ pub(crate) mod fdinfo;
 mod ghost;
 mod ghost_restore;
 mod lock;
+pub(crate) mod names;
 mod owner;
 mod pipe;
 mod plan;
@@ -30,6 +31,7 @@ mod table;
 use std::collections::BTreeSet;
 
 pub use collect::{FilesCollector, FilesDump};
+pub use names::{NameJournal, NewName};
 pub use plan::{Inherited, Obstacle, RestoreFilesError, RestorePlan, RestoreTask};
 pub use restore::FoundFile;
 

@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::ghost_restore::GhostPlan;
 use super::lock;
+use super::names::Names;
 use super::pipe::PipeContent;
 use crate::agent::AgentError;
 use crate::images::file_lock::FileLockEntry;
@@ -48,6 +49,9 @@ pub enum RestoreFilesError {
     /// A file is not what it was.
     #[error("pid {pid} ({comm}): {object}: {problem}")]
     Changed { pid: NsPid, comm: String, object: String, problem: String },
+    /// A name cannot be used.
+    #[error("{path}: cannot {step}: {source}")]
+    Name { path: String, step: &'static str, source: std::io::Error },
     /// A deleted file cannot be made again.
     #[error("deleted file {path}: cannot {step}: {source}")]
     Ghost { path: String, step: &'static str, source: std::io::Error },
@@ -133,6 +137,7 @@ pub struct RestorePlan {
     /// The number of an inherited descriptor in the tree until all is placed.
     pub(super) inherited_at: BTreeMap<String, u32>,
     pub(super) ghosts: GhostPlan,
+    pub(super) names: Names,
     pub(super) base: u32,
     pub(super) end: u32,
 }
@@ -200,6 +205,7 @@ impl RestorePlan {
             inherited,
             inherited_at: BTreeMap::new(),
             ghosts,
+            names: Names::default(),
             base: 0,
             end: 0,
         };

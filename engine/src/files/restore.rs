@@ -7,6 +7,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, openat2, statx};
 use super::epoll::{restore_epoll, watch_target};
 use super::event::{arm_timerfd, restore_eventfd, restore_signalfd, restore_timerfd};
 use super::lock::restore_lock;
+use super::names::{NameJournal, Names, Stay};
 use super::owner::restore_owner;
 use super::pipe::{directions, restore_fifo, restore_pipe};
 use super::plan::{Obstacle, RestoreFilesError, RestorePlan, Unit, inconsistent};
@@ -20,6 +21,7 @@ use crate::images::pipe::PipeEntry;
 use crate::images::regfile::RegFileEntry;
 use crate::sockets::inet::restore_inet;
 use crate::sockets::unix;
+use crate::sys::HostPid;
 
 /// A file that no descriptor of the tree holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,13 +36,15 @@ impl RestorePlan {
     /// Readies the first task, cloned by ferry and at home in its mounts: deleted files are there again, its
     /// descriptor limit is as high as it may be, and it holds nothing but what was handed down.
     ///
+    /// `journal` is told of the names that are given in file systems.
+    ///
     /// Then, for each task, parents first, [`Self::create`], after which its children may be cloned; and when the whole
     /// tree is there, [`Self::place`] for each. Until a task's descriptors are placed it must not keep
     /// descriptors below [`Self::base`] from one of these calls to the next. [`Self::finish`] ends it all.
     ///
     /// # Errors
     /// [`RestoreFilesError`]; what was made outside the task is removed when the plan is dropped.
-    pub fn prepare(&mut self, first: &Runner) -> Result<(), RestoreFilesError> {
+    pub fn prepare(&mut self, first: &Runner, journal: Option<Box<dyn NameJournal>>) -> Result<(), RestoreFilesError> {
         let mut numbers = Numbers::default();
         let mut moves = Vec::new();
         for (key, descriptor) in &self.inherited {
@@ -61,7 +65,25 @@ impl RestorePlan {
             session.finish().map(drop)
         };
         run().map_err(|error| self.explain(0, error))?;
-        self.ghosts.make(first.tid())
+        self.give_names(first.tid(), journal)
+    }
+
+    /// Gives the names that the tasks will open, and tells of those that they will bind sockets to.
+    fn give_names(&mut self, task: HostPid, journal: Option<Box<dyn NameJournal>>) -> Result<(), RestoreFilesError> {
+        let sockets: Vec<(Vec<u8>, Stay)> =
+            self.entries.values().filter_map(|entry| unix::bound_file(entry.usk.as_ref()?)).collect();
+        if sockets.is_empty() && !self.ghosts.needs_names() {
+            return Ok(());
+        }
+        let failed = |path: &[u8], step| {
+            let path = String::from_utf8_lossy(path).into_owned();
+            move |source| RestoreFilesError::Name { path, step, source }
+        };
+        self.names = Names::of(task, journal).map_err(failed(b"/", "open the tree's root"))?;
+        for (path, stay) in sockets {
+            self.names.expect(&path, stay).map_err(failed(&path, "prepare for its socket"))?;
+        }
+        self.ghosts.make(&mut self.names)
     }
 
     /// Makes, in `task`, what it shares with its descendants or they among each other.
@@ -313,12 +335,23 @@ impl RestorePlan {
         Some(String::from_utf8_lossy(&reg.name).into_owned())
     }
 
-    /// Ends the restore: the names of deleted files are gone again.
+    /// Ends the restore, as far as it can be undone: the names of deleted files are gone again, those of sockets stay.
     ///
     /// # Errors
     /// [`RestoreFilesError::Ghost`] for a name that could not be removed.
     pub fn finish(&mut self) -> Result<(), RestoreFilesError> {
-        self.ghosts.finish()
+        let passing = self.names.finish();
+        passing.map_err(|(path, source)| RestoreFilesError::Ghost {
+            path: String::from_utf8_lossy(&path).into_owned(),
+            step: "remove it again",
+            source,
+        })
+    }
+
+    /// Removes the links that the dump had made for this restore, which cannot be repeated from then on. The tree is as good as
+    /// running: a link that stays is only logged.
+    pub fn remove_links(&mut self) {
+        self.ghosts.remove_links(&mut self.names);
     }
 
     /// Looks, below `root`, for files that are missing or not what they were; nothing is made. `on_mount` tells whether files

@@ -2,7 +2,7 @@
 //!
 //! From [`Restore::seize`] on the kernel ends the tasks with ferry (`PTRACE_O_EXITKILL`) and holds their seccomp filters
 //! back (`PTRACE_O_SUSPEND_SECCOMP`), so that runners may go on under filters that would forbid it. No thread executes an
-//! instruction of its own before [`Restore::go`], and then all of them are ready.
+//! instruction of its own before [`Restore::let_go`], and then all of them are ready.
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
@@ -14,6 +14,7 @@ use super::error::RestoreError;
 use super::live::LiveTask;
 use crate::agent::inject::{Context, call_once, find_syscall_instruction};
 use crate::agent::{Pending, Runner};
+use crate::fault::RestoreStep;
 use crate::images::core::CoreEntry;
 use crate::images::seccomp::SeccompEntry;
 use crate::images::{Kind, core};
@@ -88,6 +89,7 @@ impl Restore<'_> {
         }
         let mut stops = Vec::new();
         for thread in &threads {
+            self.live.step(RestoreStep::Batch)?;
             if self.one_by_one(thread, &table).map_err(|error| self.named(thread.place, error))? {
                 stops.push(thread.place);
             }
@@ -149,6 +151,7 @@ impl Restore<'_> {
     pub(super) fn set_registers(&mut self) -> Result<(), RestoreError> {
         let threads = self.threads();
         for thread in &threads {
+            self.live.step(RestoreStep::Batch)?;
             let failed = |errno| RestoreError::Trace { pid: thread.host, step: "stop it", errno };
             ptrace::interrupt(thread.host).map_err(failed)?;
         }
@@ -195,22 +198,27 @@ impl Restore<'_> {
             .map_err(|source| live.agent(source))
     }
 
-    /// Sends the tree on its way.
-    ///
-    /// An error here comes from a task that was killed meanwhile; the others are on their way already, so it is logged.
-    pub(super) fn go(&mut self) -> Result<(), RestoreError> {
+    /// Sends stop signals to the tasks that are to be stopped.
+    pub(super) fn stop_again(&self) -> Result<(), RestoreError> {
         for (place, live) in self.live.living() {
             let Some(signal) = self.stop_signal(place) else { continue };
             let failed = |errno: Errno| live.step("stop it", "the task", errno);
             // The kernel acts on it before the task's first instruction.
             kill(Pid::from_raw(live.host.0), signal).map_err(failed)?;
         }
+        Ok(())
+    }
+
+    /// Sends the tree on its way, parents before children: a task that runs has running ancestors, by which it can be found.
+    ///
+    /// An error here comes from a task that was killed meanwhile; the others are on their way already, so it is logged.
+    pub(super) fn let_go(&self) {
         for thread in self.threads() {
             if let Err(errno) = ptrace::detach(thread.host, 0) {
                 tracing::warn!(pid = %thread.host, %errno, "a restored thread could not be let go: was it killed?");
             }
+            self.live.freed();
         }
-        Ok(())
     }
 
     /// The signal that keeps a task stopped, if any.

@@ -15,7 +15,8 @@ use super::checkpoint::{Checkpoint, TaskImages};
 use super::error::{Obstacle, RestoreError};
 use super::live::LiveTree;
 use super::script::{Data, Script};
-use crate::files::{self, FoundFile, Inherited, RestorePlan, RestoreTask};
+use crate::fault::RestoreStep;
+use crate::files::{self, FoundFile, Inherited, NameJournal, RestorePlan, RestoreTask};
 use crate::images::ImageSet;
 use crate::sys::NsPid;
 
@@ -82,9 +83,9 @@ impl Files {
         self.plan.inherited_number(key)
     }
 
-    /// Readies the first task.
-    pub fn prepare(&mut self, live: &LiveTree) -> Result<(), RestoreError> {
-        Ok(self.plan.prepare(&live.task(0).runner)?)
+    /// Readies the first task; `journal` is told of names that are given in file systems.
+    pub fn prepare(&mut self, live: &LiveTree, journal: Option<Box<dyn NameJournal>>) -> Result<(), RestoreError> {
+        Ok(self.plan.prepare(&live.task(0).runner, journal)?)
     }
 
     /// Makes what a task shares with those that it will make.
@@ -95,6 +96,11 @@ impl Files {
     /// Removes the names that deleted files had for the time being.
     pub fn finish(&mut self) -> Result<(), RestoreError> {
         Ok(self.plan.finish()?)
+    }
+
+    /// Removes the links that the dump had made for this restore.
+    pub fn remove_links(&mut self) {
+        self.plan.remove_links();
     }
 
     /// Appends the opening of a file that no descriptor holds; returns the call's place.
@@ -133,6 +139,7 @@ impl Restore<'_> {
     pub(super) fn attach(&mut self) -> Result<(), RestoreError> {
         let living: Vec<usize> = self.live.living().map(|(place, _)| place).collect();
         for place in living {
+            self.live.step(RestoreStep::Batch)?;
             self.files.plan.place(self.files.places[&place], &self.live.task(place).runner)?;
         }
         let places: Vec<usize> =

@@ -13,6 +13,7 @@ use super::error::RestoreError;
 use super::live::{LiveTask, LiveThread};
 use super::script::Script;
 use crate::agent::{Runner, Slot};
+use crate::fault::RestoreStep;
 use crate::procfs;
 use crate::sys::clone::{CloneArguments, FirstTask, clone_into_runner};
 use crate::sys::{HostPid, NsPid, pidns, ptrace};
@@ -49,6 +50,7 @@ impl Restore<'_> {
                 ended: false,
             },
         );
+        self.live.step(RestoreStep::Cloned)?;
         Ok(host)
     }
 
@@ -87,6 +89,7 @@ impl Restore<'_> {
             let places: Vec<usize> = births.iter().map(|birth| birth.task).collect();
             self.restore_memory(&places)?;
             for &place in &places {
+                self.live.step(RestoreStep::Batch)?;
                 self.files.create(&self.live, place)?;
             }
             let next = self.plan.tree.waves.get(wave + 1).map_or(&[][..], |next| next);
@@ -118,6 +121,7 @@ impl Restore<'_> {
             }
         }
         self.live.run(scripts)?;
+        self.live.step(RestoreStep::Cloned)?;
         let mut first = Vec::new();
         for (birth, slot) in born {
             self.note(birth, slot)?;
@@ -208,6 +212,7 @@ impl Restore<'_> {
         script.clone_task(arguments, &[self.pid_of(birth.task).0], slot.remote());
         let task = self.live.task(maker);
         super::script::run(&[(&runner, script)]).map_err(|(_, error)| task.script(error))?;
+        self.live.step(RestoreStep::Cloned)?;
         let mut batch = runner.batch();
         batch.call(libc::SYS_exit_group, &[0]);
         // It never answers: waiting for its end is its parent's part.

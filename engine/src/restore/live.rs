@@ -1,5 +1,6 @@
 //! The tasks as they come to be, and what undoes them.
 
+use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -11,6 +12,9 @@ use super::error::RestoreError;
 use super::plan::{LEADER_SLOT, THREAD_SLOT};
 use super::script::{Object, Results, Script, ScriptError, run};
 use crate::agent::{AgentError, Area, Runner, Slot, watch};
+use crate::cancel::Cancel;
+use crate::fault::{Faults, Point, RestoreStep};
+use crate::procfs;
 use crate::sys::robust::RobustList;
 use crate::sys::{HostPid, NsPid, RemoteAddr, pidfd};
 
@@ -83,15 +87,31 @@ pub struct LiveTree {
     tasks: Vec<Option<LiveTask>>,
     /// In the order in which they were made.
     made: Vec<usize>,
+    /// The slots of all leaders that were ever to be, also of those that have not been noted.
+    slots: Vec<Slot>,
     /// Whether ferry traces all threads.
     traced: bool,
     released: bool,
+    faults: Faults,
+    cancel: Cancel,
 }
 
 impl LiveTree {
     /// For `count` members and helpers, whose runners live in `area`.
-    pub fn new(list: RobustList, area: Area, count: usize) -> Self {
-        Self { list, area, tasks: (0..count).map(|_| None).collect(), made: Vec::new(), traced: false, released: false }
+    pub fn new(list: RobustList, area: Area, count: usize, faults: Faults, cancel: Cancel) -> Self {
+        let tasks = (0..count).map(|_| None).collect();
+        let (made, slots) = (Vec::new(), Vec::new());
+        Self { list, area, tasks, made, slots, traced: false, released: false, faults, cancel }
+    }
+
+    /// Passes a point within a phase, at which the restore may be made to fail, or be given up.
+    pub fn step(&self, step: RestoreStep) -> Result<(), RestoreError> {
+        super::pass(&self.faults, &self.cancel, Point::RestoreStep(step))
+    }
+
+    /// Passes the point after a thread was let go, when it is too late to fail.
+    pub fn freed(&self) {
+        let _ = self.faults.hit(Point::RestoreStep(RestoreStep::Freed));
     }
 
     /// Where tasks find the runner's code.
@@ -103,6 +123,7 @@ impl LiveTree {
     pub fn leader_slot(&mut self) -> Result<Slot, RestoreError> {
         let slot = self.slot(LEADER_SLOT)?;
         watch(&mut self.list, &slot);
+        self.slots.push(slot.clone());
         Ok(slot)
     }
 
@@ -148,8 +169,9 @@ impl LiveTree {
     /// Runs scripts in the leaders of tasks, all at once.
     ///
     /// # Errors
-    /// Of the first task that failed.
+    /// Of the first task that failed; when the restore is given up.
     pub fn run(&self, scripts: Vec<(usize, Script)>) -> Result<Vec<Results>, RestoreError> {
+        self.step(RestoreStep::Batch)?;
         let places: Vec<usize> = scripts.iter().map(|(place, _)| *place).collect();
         let scripts: Vec<(&Runner, Script)> =
             scripts.into_iter().map(|(place, script)| (&self.task(place).runner, script)).collect();
@@ -164,12 +186,14 @@ impl LiveTree {
 
     /// Ends every task, the youngest first so that no number is free while it is still to be ended, and waits for all.
     fn end(&self) {
-        let open = |place: &usize| Some((self.task(*place).host, pidfd::open(self.task(*place).host).ok()?));
-        let tasks: Vec<(HostPid, OwnedFd)> =
-            self.living().map(|(place, _)| place).collect::<Vec<_>>().iter().rev().filter_map(open).collect();
         // Orphans come to ferry and no zombies stay with a reaper that does not look.
         let subreaper = nix::sys::prctl::get_child_subreaper().unwrap_or(false);
         let _ = nix::sys::prctl::set_child_subreaper(true);
+        let open = |pid: HostPid| Some((pid, pidfd::open(pid).ok()?));
+        let noted = self.living().map(|(_, task)| task.host).collect();
+        let tasks: Vec<(HostPid, OwnedFd)> = with_children(noted).into_iter().rev().filter_map(open).collect();
+        // Whatever a task still clones, because its maker is in the middle of a batch, ends by itself.
+        self.slots.iter().for_each(Slot::abandon);
         for (pid, task) in &tasks {
             if let Err(errno) = pidfd::send_signal(task.as_fd(), libc::SIGKILL) {
                 tracing::warn!(%pid, %errno, "a task of the failed restore cannot be ended");
@@ -186,12 +210,26 @@ impl LiveTree {
             }
         }
         // Parents first: each leaves its children, those that had exited before too, to ferry.
-        for place in &self.made {
-            let pid = Pid::from_raw(self.task(*place).host.0);
-            let _ = waitpid(pid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
+        let ended = self.made.iter().map(|place| self.task(*place).host);
+        for pid in ended.chain(tasks.iter().rev().map(|(pid, _)| *pid)) {
+            let _ = waitpid(Pid::from_raw(pid.0), Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
         }
         let _ = nix::sys::prctl::set_child_subreaper(subreaper);
     }
+}
+
+/// Tasks and all below them: also those that were cloned but not noted, because their maker failed after that. A task in
+/// a runner has no other children.
+fn with_children(mut tasks: Vec<HostPid>) -> Vec<HostPid> {
+    let mut known: HashSet<HostPid> = tasks.iter().copied().collect();
+    let mut next = 0;
+    while let Some(&pid) = tasks.get(next) {
+        let threads = procfs::threads(pid).unwrap_or_default();
+        let children = threads.iter().filter_map(|tid| procfs::children(pid, *tid).ok()).flatten();
+        tasks.extend(children.filter(|child| known.insert(*child)));
+        next += 1;
+    }
+    tasks
 }
 
 impl Drop for LiveTree {

@@ -10,6 +10,7 @@ use super::queue::restore_queue;
 use super::state;
 use crate::files::Problem;
 use crate::files::fdinfo::FdInfo;
+use crate::files::names::Stay;
 use crate::files::session::{Done, Session, SessionError, Temporary};
 use crate::images::fown::FownEntry;
 use crate::images::sockets::SkShutdown;
@@ -152,6 +153,18 @@ pub fn restore_single(session: &mut Session<'_>, entry: &UnixSkEntry, cloexec: b
     }
     shut(session, socket, entry)?;
     Ok(socket)
+}
+
+/// The file that binding the socket makes, and how long it stays. None for a socket without.
+pub(crate) fn bound_file(entry: &UnixSkEntry) -> Option<(Vec<u8>, Stay)> {
+    if is_connected(entry) || entry.name.first().is_none_or(|byte| *byte == 0) {
+        return None;
+    }
+    let name = entry.name.iter().copied().take_while(|byte| *byte != 0);
+    let folder = entry.name_dir.iter().flat_map(|folder| folder.iter().copied().chain([b'/']));
+    let path = if entry.name[0] == b'/' { name.collect() } else { folder.chain(name).collect() };
+    let stay = if entry.deleted == Some(true) { Stay::Passing } else { Stay::Lasting };
+    Some((path, stay))
 }
 
 fn bind(session: &mut Session<'_>, socket: Temporary, entry: &UnixSkEntry) -> Done {

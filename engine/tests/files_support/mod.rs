@@ -145,7 +145,7 @@ impl Tasks {
     /// Carries out a plan whose task list names the parents in `parents` for all but the first.
     pub fn restore(plan: &mut RestorePlan, parents: &[usize]) -> Result<Self, ferry_engine::files::RestoreFilesError> {
         let mut tasks = Self::start();
-        plan.prepare(&tasks.runners[0])?;
+        plan.prepare(&tasks.runners[0], None)?;
         for task in 0..=parents.len() {
             if task > 0 {
                 tasks.fork(parents[task - 1]);
