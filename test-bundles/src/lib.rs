@@ -20,12 +20,14 @@ pub mod podman;
 pub mod processes;
 pub mod programs;
 pub mod service;
+pub mod surroundings;
 pub mod workload;
 
 pub use bundle::Bundle;
 pub use container::Container;
 pub use engine::Engine;
 pub use place::Place;
+pub use surroundings::Surroundings;
 pub use workload::Workload;
 
 /// What a test, or a step of one, ends with: a sentence for people on failure.

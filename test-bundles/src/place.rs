@@ -74,7 +74,7 @@ impl Place {
     }
 
     /// Folders of any cgroup hierarchy that carry the test's name.
-    fn cgroups(&self) -> Vec<String> {
+    pub(crate) fn cgroups(&self) -> Vec<String> {
         let folders = |path: &Path| {
             let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
             entries

@@ -3,6 +3,8 @@
 //! A test process is a child subreaper (prctl(2), PR_SET_CHILD_SUBREAPER), so that whatever it starts stays below it, and a
 //! restored tree, whose parent has gone, comes back to it.
 
+#![allow(unsafe_code)] // clone3(2) with a pid of the test's choice, which no wrapper has
+
 use crate::Outcome;
 use rustix::process::{Pid, Signal, WaitOptions};
 use std::time::{Duration, Instant};
@@ -90,4 +92,44 @@ pub fn describe(pids: &[i32]) -> String {
         Err(_) => format!("{pid} (gone)"),
     };
     pids.iter().map(one).collect::<Vec<_>>().join("; ")
+}
+
+/// Keeps a pid from being given to a process, without a process that has it: a session of that number, whose leader has
+/// ended and in which another process lives, which is returned. It is this process's child, as all orphans below it are.
+pub fn occupy(pid: i32) -> Outcome<i32> {
+    #[repr(C)]
+    struct Arguments {
+        words: [u64; 11],
+    }
+    let numbers = [pid];
+    let mut arguments = Arguments { words: [0; 11] };
+    arguments.words[4] = libc::SIGCHLD as u64;
+    arguments.words[8] = numbers.as_ptr() as u64;
+    arguments.words[9] = 1;
+    // SAFETY: clone3(2) like fork(2): no memory is shared, and the child makes system calls only.
+    let leader = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<Arguments>()) };
+    match leader {
+        0 => {
+            // SAFETY: as above; both processes end here without running anything of the parent's.
+            unsafe {
+                libc::setsid();
+                if libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) == 0 {
+                    loop {
+                        libc::pause();
+                    }
+                }
+                libc::_exit(0)
+            }
+        }
+        1.. => {
+            let mut member = None;
+            wait_for("the session's leader to end", || {
+                member = member.or_else(|| children(leader as i32).first().copied());
+                reap();
+                !std::path::Path::new(&format!("/proc/{pid}")).exists()
+            })?;
+            member.or_else(|| below().last().copied()).ok_or_else(|| "the session is empty".to_owned())
+        }
+        _ => Err(format!("cannot have pid {pid}: {}", std::io::Error::last_os_error())),
+    }
 }
