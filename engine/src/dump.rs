@@ -17,6 +17,7 @@ use tracing::{debug, info, info_span};
 
 use crate::agent::{AgentError, NODE};
 use crate::cancel::Cancel;
+use crate::cgroups::CgroupOptions;
 use crate::error::{Refusal, Refusals};
 use crate::fault::{DumpStep, Edge, Faults, Interrupted, Point};
 use crate::files::FilesOptions;
@@ -60,6 +61,8 @@ pub struct DumpOptions {
     pub files: FilesOptions,
     /// Namespaces.
     pub namespaces: NamespaceOptions,
+    /// Cgroups.
+    pub cgroups: CgroupOptions,
     /// What ends the dump early. Not looked at any more once the images are complete.
     pub cancel: Cancel,
     /// What a test lets go wrong.
@@ -94,6 +97,7 @@ impl Default for DumpOptions {
             namespaces: NamespaceOptions::default(),
             cancel: Cancel::default(),
             faults: Faults::default(),
+            cgroups: CgroupOptions::default(),
         }
     }
 }
@@ -179,6 +183,9 @@ pub enum DumpError {
     /// The content of namespaces could not be saved.
     #[error(transparent)]
     NamespaceContent(#[from] DumpNamespacesError),
+    /// Cgroups could not be read.
+    #[error(transparent)]
+    Cgroups(#[from] ferry_cgroup::SaveError),
     /// The images could not be written.
     #[error(transparent)]
     Sink(#[from] SinkError),
@@ -258,7 +265,7 @@ pub fn dump_telling(
         if options.after != After::Run {
             dumped.frozen = start.elapsed();
         }
-        records::save(&state, sink, options, &mut dumped)
+        records::save(&state, sink, options, stopped.as_ref().and_then(StoppedTree::frozen), &mut dumped)
     })?;
     listening.reached(DumpStage::PostDump)?;
     if stopped.is_some() && options.after == After::Kill {

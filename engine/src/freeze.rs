@@ -170,6 +170,11 @@ impl StoppedTree {
         &self.processes[0]
     }
 
+    /// The cgroup that was frozen, if one was given.
+    pub fn frozen(&self) -> Option<&Frozen> {
+        self.frozen.as_ref()
+    }
+
     /// Lets every thread go on; those in a job-control stop return to it.
     pub fn release(self) {
         drop(self);

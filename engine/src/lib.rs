@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod cancel;
+pub mod cgroups;
 pub mod dump;
 pub mod error;
 pub mod fault;

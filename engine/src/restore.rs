@@ -30,6 +30,7 @@ pub use error::{Obstacle, RestoreError};
 
 use crate::agent::{Area, NODE};
 use crate::cancel::Cancel;
+use crate::cgroups::{CgroupOptions, CgroupPlan, Cgroups};
 use crate::fault::{Edge, Faults, Point};
 use crate::files::{Inherited, NameJournal};
 use crate::images::stats::{RestoreStatsEntry, StatsEntry};
@@ -84,6 +85,8 @@ pub struct RestoreOptions<'a> {
     pub first_task: Option<Callback<'a>>,
     /// Where namespaces are to be.
     pub namespaces: RestoreNamespaceOptions,
+    /// What is done with the cgroups of the images.
+    pub cgroups: CgroupOptions,
     /// Called at the stages that scripts know.
     pub notify: Option<Notify<'a>>,
     /// Called before each phase; its error fails the restore there.
@@ -214,6 +217,9 @@ struct Restore<'a> {
     pid_namespace: Option<File>,
     files: Files,
     namespaces: namespaces::RestorePlan,
+    cgroup_plan: CgroupPlan,
+    /// After the tasks, which must be gone before their cgroups can go.
+    cgroups: Option<Cgroups>,
     /// Tasks that a pending SIGSTOP stops.
     stops: HashSet<usize>,
     pages_compared: u64,
@@ -240,6 +246,9 @@ pub fn restore(images: &ImageSet, mut options: RestoreOptions<'_>) -> Result<Res
     }
     let (pages_compared, pages_shared) = (restore.pages_compared, restore.pages_shared);
     restore.live.release();
+    if let Some(Err(error)) = restore.cgroups.map(Cgroups::keep) {
+        tracing::warn!(%error, "the tree runs, but not all of its cgroups are frozen as they were");
+    }
     Ok(Restored {
         pid,
         processes: checkpoint.tasks.len(),
@@ -260,6 +269,7 @@ struct Decisions {
 /// What the rooms work with.
 struct Parts {
     namespaces: namespaces::RestorePlan,
+    cgroups: CgroupPlan,
     files: Files,
     shared: SharedObjects,
 }
@@ -284,6 +294,7 @@ impl Decisions {
         }
         let circumstances =
             Circumstances { shell_job: options.shell_job, pid_namespace: namespaces.has_pid_namespace() };
+        let cgroups = CgroupPlan::new(images, checkpoint.cgroup_set, &options.cgroups)?;
         let mut inherited = std::mem::take(&mut options.inherited);
         let shared = shared::make_objects(checkpoint, &mut inherited)?;
         let plan = Plan::new(checkpoint, &circumstances)?;
@@ -291,7 +302,7 @@ impl Decisions {
         if !namespaces.has_mount_namespace() {
             files.check("/")?;
         }
-        Ok(Self { plan, parts: Parts { namespaces, files, shared } })
+        Ok(Self { plan, parts: Parts { namespaces, cgroups, files, shared } })
     }
 }
 
@@ -326,6 +337,8 @@ impl<'a> Restore<'a> {
             pid_namespace: None,
             files: parts.files,
             namespaces: parts.namespaces,
+            cgroup_plan: parts.cgroups,
+            cgroups: None,
             stops: HashSet::new(),
             pages_compared: 0,
             pages_shared: 0,
@@ -363,6 +376,7 @@ impl<'a> Restore<'a> {
     }
 
     fn first_task(&mut self) -> Result<(), RestoreError> {
+        self.cgroups = Some(self.cgroup_plan.make()?);
         self.namespaces.before_clone()?;
         let made = self.make_first();
         self.namespaces.after_clone()?;
@@ -377,6 +391,9 @@ impl<'a> Restore<'a> {
         if let Some(callback) = &mut self.options.first_task {
             callback(root).map_err(|problem| RestoreError::Caller { what: "placing the first task", problem })?;
         }
+        if let Some(cgroups) = &self.cgroups {
+            cgroups.place_root(root, &self.checkpoint.tasks[0].core)?;
+        }
         self.first_steps()?;
         self.fill_shared()
     }
@@ -388,6 +405,7 @@ impl<'a> Restore<'a> {
             self.notify(Stage::SetupNamespaces)?;
         }
         self.namespaces.restore(&self.live.task(0).runner, root)?;
+        self.place(0, None)?;
         if any {
             self.notify(Stage::PostSetupNamespaces)?;
         }
@@ -396,6 +414,15 @@ impl<'a> Restore<'a> {
         }
         let journal = self.options.names.take();
         self.files.prepare(&self.live, journal)
+    }
+
+    /// Puts the member at `place` into its cgroups, where its maker's are not the same.
+    fn place(&self, place: usize, maker: Option<usize>) -> Result<(), RestoreError> {
+        let members = &self.checkpoint.tasks;
+        // Helpers stay where they are made.
+        let (Some(cgroups), Some(task)) = (&self.cgroups, members.get(place)) else { return Ok(()) };
+        let maker = maker.and_then(|maker| members.get(maker)).map(|maker| &maker.core);
+        Ok(cgroups.place(self.live.task(place).host, &task.core, maker)?)
     }
 
     fn notify(&mut self, stage: Stage) -> Result<(), RestoreError> {

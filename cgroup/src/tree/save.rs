@@ -59,6 +59,19 @@ impl CgroupTree {
     /// # Errors
     /// When a directory cannot be read.
     pub fn collect(table: &SetTable, frozen: Option<&Frozen>) -> Result<CgroupTree, SaveError> {
+        Self::collect_from(table, &[], frozen)
+    }
+
+    /// The same, beginning at `roots`: absolute paths within the hierarchy of a controller, or with `None` of every other. What is
+    /// above the tasks is saved too then.
+    ///
+    /// # Errors
+    /// As [`CgroupTree::collect`].
+    pub fn collect_from(
+        table: &SetTable,
+        roots: &[(Option<String>, String)],
+        frozen: Option<&Frozen>,
+    ) -> Result<CgroupTree, SaveError> {
         let sets = table.sets().to_vec();
         if sets.is_empty() {
             return Ok(CgroupTree::default());
@@ -73,6 +86,11 @@ impl CgroupTree {
             });
             let mut heads = topmost(paths);
             heads.retain(|head| !is_at_or_below(table.own_path(&name), head));
+            let of = |controller: &String| name == *controller || hierarchy.has_controller(controller);
+            let root = roots.iter().find(|(controller, _)| controller.as_ref().is_some_and(of));
+            if let Some((_, root)) = root.or_else(|| roots.iter().find(|(controller, _)| controller.is_none())) {
+                heads = topmost(heads.into_iter().chain(std::iter::once(root.as_str())));
+            }
             hierarchies.push(collect_hierarchy(hierarchy, &heads, frozen)?);
         }
         Ok(CgroupTree { sets, hierarchies })

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -25,6 +26,10 @@ pub struct SetTable {
     sets: Vec<TaskSet>,
     /// Position in `sets` by members.
     known: HashMap<Vec<(String, String, usize)>, u32>,
+    /// Numbers by what `/proc/PID/cgroup` says and the cgroup namespace: most tasks of a tree are where others are.
+    of_processes: HashMap<(String, u64), u32>,
+    /// The same for threads, by the number of their process's set.
+    of_threads: HashMap<(String, u32), u32>,
 }
 
 impl SetTable {
@@ -35,7 +40,14 @@ impl SetTable {
     pub fn new() -> Result<SetTable, SaveError> {
         let hierarchies = Hierarchies::detect()?;
         let own = hierarchies.of_task(i32::try_from(std::process::id()).unwrap_or_default())?;
-        Ok(SetTable { hierarchies, own, sets: Vec::new(), known: HashMap::new() })
+        Ok(SetTable {
+            hierarchies,
+            own,
+            sets: Vec::new(),
+            known: HashMap::new(),
+            of_processes: HashMap::new(),
+            of_threads: HashMap::new(),
+        })
     }
 
     /// The number of the set that a process is in, a new one if need be.
@@ -43,6 +55,19 @@ impl SetTable {
     /// # Errors
     /// When the task is gone, or is outside the root of its own cgroup namespace.
     pub fn of_process(&mut self, pid: i32) -> Result<u32, SaveError> {
+        let namespace = fs::metadata(format!("/proc/{pid}/ns/cgroup"))
+            .map_err(|source| SaveError::Namespace { pid, source })?
+            .ino();
+        let key = (said_of(pid)?, namespace);
+        if let Some(set) = self.of_processes.get(&key) {
+            return Ok(*set);
+        }
+        let set = self.find_process(pid)?;
+        self.of_processes.insert(key, set);
+        Ok(set)
+    }
+
+    fn find_process(&mut self, pid: i32) -> Result<u32, SaveError> {
         let outside = self.hierarchies.of_task(pid)?;
         let inside = self.seen_from_inside(pid)?;
         let mut members = Vec::new();
@@ -67,6 +92,16 @@ impl SetTable {
     /// # Errors
     /// When the thread is gone.
     pub fn of_thread(&mut self, tid: i32, process_set: u32) -> Result<u32, SaveError> {
+        let key = (said_of(tid)?, process_set);
+        if let Some(set) = self.of_threads.get(&key) {
+            return Ok(*set);
+        }
+        let set = self.find_thread(tid, process_set)?;
+        self.of_threads.insert(key, set);
+        Ok(set)
+    }
+
+    fn find_thread(&mut self, tid: i32, process_set: u32) -> Result<u32, SaveError> {
         let outside = self.hierarchies.of_task(tid)?;
         let of_process =
             self.sets.iter().find(|set| set.id == process_set).map(|set| set.members.clone()).unwrap_or_default();
@@ -137,6 +172,12 @@ impl SetTable {
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
+}
+
+/// `/proc/TASK/cgroup`.
+fn said_of(task: i32) -> Result<String, SaveError> {
+    let path = PathBuf::from(format!("/proc/{task}/cgroup"));
+    fs::read_to_string(&path).map_err(|source| SaveError::Read { path, source })
 }
 
 /// How much of `outside` is above the namespace in which the same cgroup is called `inside`.

@@ -7,6 +7,7 @@ use std::io;
 
 use crate::agent::inject::{Context, Injected, find_syscall_instruction};
 use crate::agent::{Call, Pending};
+use crate::cgroups::CgroupSets;
 use crate::error::Refusal;
 use crate::fault::DumpStep;
 use crate::files::{FilesCollector, FilesDump};
@@ -79,6 +80,8 @@ pub struct TreeState {
     pub filters: SeccompEntry,
     /// Namespaces.
     pub namespaces: namespaces::Collected,
+    /// The cgroups that tasks are in.
+    pub cgroups: CgroupSets,
     /// What only the stopped tree shows that it cannot be saved.
     pub refusals: Vec<Refusal>,
 }
@@ -106,6 +109,7 @@ pub fn collect_tree(
     let files = FilesCollector::new(root, options.files.clone()).map_err(DumpError::read(root, "mounts"))?;
     let mut collector =
         Collector { files, shared: SharedObjects::default(), filters: FilterTable::default(), refusals, list, options };
+    let mut cgroups = CgroupSets::new()?;
     let mut processes: Vec<ProcessState> = Vec::with_capacity(tasks.len());
     for (index, ((task, ids), process)) in tasks.into_iter().zip(all_ids).zip(&mut tree.processes).enumerate() {
         let parent = processes.iter().find(|parent| parent.task.pid == process.parent);
@@ -117,7 +121,10 @@ pub fn collect_tree(
             let cores = vec![(task.ns_pid.0, dump_zombie(&process.stat))];
             ProcessState { task, ids, parent, cores, mm: None, fs: None, pages: PageRuns::default() }
         } else {
-            collector.process(task, ids, parent, process)?
+            let mut state = collector.process(task, ids, parent, process)?;
+            let tids = process.threads.iter().map(|thread| thread.tid);
+            cgroups.add(tids.zip(state.cores.iter_mut().map(|(_, core)| core)))?;
+            state
         };
         let number = index as u32 + FIRST_OBJECT;
         name_objects(&mut state, number, &namespaces, &mut collector.files);
@@ -126,7 +133,16 @@ pub fn collect_tree(
     let Collector { mut files, mut shared, filters, mut refusals, .. } = collector;
     shared.collect_pages().map_err(DumpError::read(root, "shared memory"))?;
     refusals.extend(files.refusals());
-    Ok(TreeState { processes, level, shared, files: files.finish(), filters: filters.finish(), namespaces, refusals })
+    Ok(TreeState {
+        processes,
+        level,
+        shared,
+        files: files.finish(),
+        filters: filters.finish(),
+        namespaces,
+        cgroups,
+        refusals,
+    })
 }
 
 /// Numbers of kernel objects in `ids` images; 1 is the dumper's own.

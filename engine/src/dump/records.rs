@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use ferry_cgroup::Frozen;
+
+use crate::cgroups;
 use crate::fault::DumpStep;
 use crate::files::FilesDump;
 use crate::images::ids::TaskKobjIdsEntry;
@@ -38,11 +41,12 @@ pub fn save_pages(
     Ok(())
 }
 
-/// Writes every record, and at last the manifest.
+/// Writes every record, and at last the manifest. `frozen` is what keeps the tree frozen, if it still is.
 pub fn save(
     state: &TreeState,
     sink: &mut dyn Sink,
     options: &DumpOptions,
+    frozen: Option<&Frozen>,
     dumped: &mut Dumped,
 ) -> Result<(), DumpError> {
     dumped.processes = state.processes.len();
@@ -55,6 +59,9 @@ pub fn save(
     sink.put("pstree.img", &encode(Kind::Pstree, &tree))?;
     save_files(&state.files, sink)?;
     sink.put("seccomp.img", &encode(Kind::Seccomp, std::slice::from_ref(&state.filters)))?;
+    if let Some(cgroups) = state.cgroups.dump(&options.cgroups, frozen)? {
+        sink.put("cgroup.img", &encode(Kind::Cgroup, &[cgroups]))?;
+    }
     sink.put("inventory.img", &encode(Kind::Inventory, &[inventory(state)]))?;
     let mut manifest = Manifest::new(kernel_release(), PAGE_SIZE as u32);
     manifest.options.insert("shell_job".into(), options.shell_job.into());
@@ -107,7 +114,7 @@ fn inventory(state: &TreeState) -> InventoryEntry {
         fdinfo_per_id: Some(true),
         root_ids: Some(own_ids(state)),
         ns_per_id: Some(true),
-        root_cg_set: None,
+        root_cg_set: Some(cgroups::ROOT_SET),
         lsmtype: Some(LsmType::NoLsm as i32),
         dump_uptime: None,
         pre_dump_mode: None,

@@ -101,6 +101,8 @@ pub struct Checkpoint {
     pub shared: HashMap<u64, PageImages>,
     /// Memfds, by number of their memory.
     pub memfds: HashMap<u64, MemfdInodeEntry>,
+    /// The number of the set of cgroups that the dumper was in.
+    pub cgroup_set: Option<u32>,
 }
 
 impl Checkpoint {
@@ -147,7 +149,7 @@ impl Checkpoint {
         if tasks.is_empty() {
             return Err(wrong("there is no process in the tree".into()));
         }
-        let mut checkpoint = Self { tasks, shared: HashMap::new(), memfds };
+        let mut checkpoint = Self { tasks, shared: HashMap::new(), memfds, cgroup_set: inventory.root_cg_set };
         checkpoint.read_shared(images)?;
         Ok(checkpoint)
     }

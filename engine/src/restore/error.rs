@@ -52,6 +52,9 @@ pub enum RestoreError {
     /// Namespaces or what is in them.
     #[error(transparent)]
     Namespaces(#[from] RestoreNamespacesError),
+    /// Cgroups could not be made, or tasks not be put into them.
+    #[error(transparent)]
+    Cgroups(#[from] ferry_cgroup::RestoreError),
     /// ptrace(2) refused.
     #[error("pid {pid}: cannot {step}: {errno}")]
     Trace { pid: HostPid, step: &'static str, errno: Errno },

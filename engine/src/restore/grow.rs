@@ -174,7 +174,7 @@ impl Restore<'_> {
         let runner = Runner::new(host, slot);
         let task = LiveTask { pid, comm, host, runner, threads: Vec::new(), vdso_at, space, ended: false };
         self.live.add(birth.task, task);
-        Ok(())
+        self.place(birth.task, birth.maker.task())
     }
 
     /// The id here of the task with `pid` in the root's namespace.
@@ -324,6 +324,11 @@ impl Restore<'_> {
         self.live.run(scripts)?;
         for (place, tid, slot) in born {
             let host = self.host_pid(tid)?;
+            let task = &self.checkpoint.tasks[place];
+            let thread = task.threads.iter().find(|thread| thread.tid == tid);
+            if let (Some(cgroups), Some(thread)) = (&self.cgroups, thread) {
+                cgroups.place_thread(host, &thread.core, &task.core)?;
+            }
             self.live.task_mut(place).threads.push(LiveThread { tid, host, runner: Runner::new(host, slot) });
         }
         Ok(())

@@ -48,6 +48,7 @@ fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
     if let Some(limit) = &options.ghost_limit {
         dump.files.ghost_limit = parse_size(limit)?;
     }
+    dump.cgroups = super::cgroups::options(options)?;
     dump.files.file_locks = options.file_locks;
     dump.files.outside_stdio = options.shell_job;
     dump.namespaces.empty_net = options.empty_ns.iter().any(|kind| kind == "net");

@@ -64,6 +64,7 @@ fn restore_options<'a>(options: &Options) -> Result<RestoreOptions<'a>, Failure>
         sibling: options.restore_sibling,
         leave_stopped: options.leave_stopped,
         faults: Faults::new(options.fault.iter().copied()),
+        cgroups: super::cgroups::options(options)?,
         ..RestoreOptions::default()
     };
     restore.namespaces = RestoreNamespaceOptions {
