@@ -252,6 +252,7 @@ pub fn dump_telling(
         collect::collect_tree(&mut stopped, options, &mut list)
     })?;
     enter(DumpPhase::Recheck, options, || refuse(std::mem::take(&mut state.refusals)))?;
+    listening.stopped(sink)?;
     enter(DumpPhase::Memory, options, || save_memory(&state, sink, options, &mut dumped))?;
     let mut stopped = Some(stopped);
     enter(DumpPhase::Release, options, || {

@@ -9,6 +9,7 @@ pub mod cgroups;
 pub mod dump;
 pub mod error;
 pub mod fault;
+pub mod file_tree;
 pub mod files;
 pub mod freeze;
 pub mod images;

@@ -459,7 +459,7 @@ impl<'a> Restore<'a> {
 fn announce(options: &mut RestoreOptions<'_>, phase: RestorePhase) -> Result<(), RestoreError> {
     options.pass(Point::Restore(Edge::Before, phase))?;
     let Some(progress) = &mut options.progress else { return Ok(()) };
-    progress(phase).map_err(|problem| RestoreError::Caller { what: "the caller ends the restore", problem })
+    progress(phase).map_err(|problem| RestoreError::Caller { what: "the restore was ended", problem })
 }
 
 /// Times phases and puts each into a span.

@@ -4,6 +4,7 @@
 //! is locked hears that it is unlocked.
 
 use super::DumpError;
+use crate::images::Sink;
 use crate::procfs;
 use crate::sys::HostPid;
 
@@ -42,6 +43,15 @@ pub trait DumpListener {
     fn more_external(&mut self) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }
+
+    /// Adds to the checkpoint what is to be of the same instant as it ([`Sink::put_beside`]). The tree is stopped, and nothing of
+    /// it is refused.
+    ///
+    /// # Errors
+    /// A sentence; the dump fails with it.
+    fn stopped(&mut self, _sink: &mut dyn Sink) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 /// Nobody listens.
@@ -72,6 +82,10 @@ impl<'a> Listening<'a> {
 
     pub fn names_external(&self) -> bool {
         self.listener.names_external()
+    }
+
+    pub fn stopped(&mut self, sink: &mut dyn Sink) -> Result<(), DumpError> {
+        self.listener.stopped(sink).map_err(|problem| DumpError::Caller { problem })
     }
 
     pub fn more_external(&mut self) -> Result<Vec<String>, DumpError> {

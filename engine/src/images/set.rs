@@ -76,10 +76,30 @@ impl ImageSet {
     /// [`SourceError`].
     pub fn raw(&self, name: &str) -> Result<Option<RawImage>, SourceError> {
         let Some((region, digest)) = self.find(name)? else { return Ok(None) };
+        self.in_place(name, region, digest).map(Some)
+    }
+
+    fn in_place(&self, name: &str, region: RawRegion, digest: Option<&ImageDigest>) -> Result<RawImage, SourceError> {
         if let Some(ImageDigest { digest: Digest::Sha256(_), .. }) = digest {
             verify(name, &region.to_vec(name)?, digest)?;
         }
-        Ok(Some(RawImage::new(name, region, digest.cloned())))
+        Ok(RawImage::new(name, region, digest.cloned()))
+    }
+
+    /// Something beside the images, which is `region` if it is there, with the digest that the manifest has of it, if it has one.
+    ///
+    /// # Errors
+    /// [`SourceError`], if it is not what the manifest lists.
+    pub fn member(&self, name: &str, region: Option<RawRegion>) -> Result<Option<RawImage>, SourceError> {
+        let listed = self.manifest.as_ref().and_then(|manifest| manifest.members.get(name));
+        match (region, listed) {
+            (None, None) => Ok(None),
+            (None, Some(_)) => Err(SourceError::Missing { name: name.to_owned() }),
+            (Some(region), Some(listed)) if region.len() != listed.length => {
+                Err(SourceError::Length { name: name.to_owned(), found: region.len(), expected: listed.length })
+            }
+            (Some(region), listed) => self.in_place(name, region, listed).map(Some),
+        }
     }
 
     /// The entries of the image of this name; `None` if there is no such image.

@@ -25,6 +25,14 @@ pub trait Sink: Send {
     /// [`SinkError`]; the sink is then of no further use.
     fn put_raw(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError>;
 
+    /// Writes something that belongs to the checkpoint and is no image, beside the images. Only archives have room for it.
+    ///
+    /// # Errors
+    /// [`SinkError`]; the sink is then of no further use.
+    fn put_beside(&mut self, name: &str, _content: &dyn Content) -> Result<(), SinkError> {
+        Err(SinkError::NoRoom { name: name.to_owned() })
+    }
+
     /// Completes the set: fills the digests into `manifest`, writes it, and returns it. No image can be written after.
     ///
     /// # Errors
@@ -49,6 +57,9 @@ pub enum SinkError {
     /// The set was complete already.
     #[error("image {name} was written after the image set was complete")]
     Finished { name: String },
+    /// The sink takes images only.
+    #[error("{name} is no image, and can only be put into an archive")]
+    NoRoom { name: String },
     /// The file cannot be made.
     #[error("cannot create image {name}: {source}")]
     Create { name: String, source: io::Error },

@@ -155,6 +155,10 @@ impl<W: Write + Send> Sink for ArchiveSink<W> {
         Ok(())
     }
 
+    fn put_beside(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError> {
+        self.put_member_raw(name, content)
+    }
+
     fn finish(&mut self, mut manifest: Manifest) -> Result<Manifest, SinkError> {
         manifest.members = self.members.images.clone();
         let (manifest, bytes) = self.images.close(manifest)?;

@@ -11,10 +11,11 @@ use std::os::unix::ffi::OsStrExt;
 use rustix::fs::{AtFlags, CWD, StatxFlags, fstat, statx};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
+use super::Finding;
 use super::order::{HIDDEN_PEER, hidden_peers, order};
 use super::record::Record;
 use super::source::{self, Source};
-use super::{Finding, pack};
+use crate::file_tree::pack;
 use crate::images::{Kind, Sink, encode};
 use crate::namespaces::enter::visit;
 use crate::namespaces::kind::NamespaceKind;
@@ -136,7 +137,7 @@ impl Mounts {
             .map_err(|source| DumpNamespacesError::Enter { pid, source })?;
         for (mount, copy) in wanted.into_iter().zip(copies) {
             let failed = |source| DumpNamespacesError::Content { point: mount.point.clone(), source };
-            let archive = copy.and_then(|copy| pack::pack(&copy)).map_err(failed)?;
+            let archive = copy.and_then(|copy| pack(&copy)).map_err(failed)?;
             sink.put_raw(&Kind::TmpfsDev.name_for(mount.device.to_kernel()), &archive)?;
         }
         Ok(())

@@ -5,18 +5,15 @@
 //! | `record` | a mount as images have it |
 //! | `source` | where each mount comes from when it is made again |
 //! | `collect` | the dump: records, refusals, content of tmpfs |
-//! | `pack`, `unpack` | the content of a tmpfs as a compressed tar |
 //! | `order` | in which order mounts are made |
 //! | `restore`, `script` | the restore, by calls of the root task |
 
 mod collect;
 mod order;
-mod pack;
 mod record;
 mod restore;
 mod script;
 mod source;
-mod unpack;
 
 pub(super) use collect::Mounts;
 pub use restore::{MountPlan, RestoreMountsError};

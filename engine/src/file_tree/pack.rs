@@ -1,12 +1,12 @@
-//! The content of a tmpfs as a compressed tar.
+//! A tree of files as a tar.
 //!
 //! Names begin at the file system's root, which is `.`; times are exact and extended attributes kept, by pax headers; a file
 //! of several names is one file and links to it. Sockets are left out: binding makes them again.
 
 use std::collections::HashMap;
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -23,86 +23,125 @@ use tar::{Builder, EntryType, Header};
 const COMPRESSED: u64 = 8 << 20;
 /// How deep folders may be nested: each takes a descriptor.
 const DEEPEST: usize = 256;
+/// The largest value of any attribute, and the longest list of names (xattr(7)).
+const LARGEST_ATTRIBUTE: usize = 64 << 10;
 /// The attribute's name, in pax headers, follows.
 pub(super) const PAX_ATTRIBUTE: &str = "SCHILY.xattr.";
 
-/// Packs the file system that `mount` shows.
-pub fn pack(mount: &OwnedFd) -> io::Result<Vec<u8>> {
+/// Packs the file system that `mount` shows, compressed, in memory.
+pub(crate) fn pack(mount: &OwnedFd) -> io::Result<Vec<u8>> {
     let used = fstatfs(mount)?;
     let used = used.f_blocks.saturating_sub(used.f_bfree).saturating_mul(used.f_bsize as u64);
     let level = if used > COMPRESSED { Compression::none() } else { Compression::fast() };
-    let mut packer = Packer { archive: Builder::new(GzEncoder::new(Vec::new(), level)), linked: HashMap::new() };
+    let mut packer = Packer::new(GzEncoder::new(Vec::new(), level), |archive, path, _, mut file| {
+        archive.append_file(path, &mut file)
+    });
     let root = open_folder(mount.as_fd(), c".")?;
     packer.entry(&fstat(&root)?, Path::new("."), Some(root.as_fd()))?;
     packer.folder(&root, Path::new(""), 0)?;
     packer.archive.into_inner()?.finish()
 }
 
-struct Packer {
-    archive: Builder<GzEncoder<Vec<u8>>>,
-    /// Files of several names that were met, by inode.
-    linked: HashMap<u64, PathBuf>,
+/// Adds a regular file to the archive, after its extended headers.
+type Regular<W> = fn(&mut Builder<W>, &Path, Header, File) -> io::Result<()>;
+
+/// Writes entries of an archive.
+pub(super) struct Packer<W: Write> {
+    pub(super) archive: Builder<W>,
+    regular: Regular<W>,
+    /// Files of several names that were met, by device and inode.
+    linked: HashMap<(u64, u64), PathBuf>,
 }
 
-fn open_folder(parent: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
+pub(super) fn open_folder(parent: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NOATIME | OFlags::CLOEXEC;
     Ok(openat(parent, name, flags, Mode::empty())?)
 }
 
-impl Packer {
-    fn folder(&mut self, folder: &OwnedFd, path: &Path, depth: usize) -> io::Result<()> {
-        if depth > DEEPEST {
-            return Err(io::Error::other(format!("folders are nested deeper than {DEEPEST}: {}", path.display())));
+/// Calls `each` with the name and path of everything in `folder`, which is `path` in the archive; errors are told with the path.
+pub(super) fn for_each(
+    folder: &OwnedFd,
+    path: &Path,
+    depth: usize,
+    mut each: impl FnMut(&CStr, &Path) -> io::Result<()>,
+) -> io::Result<()> {
+    if depth > DEEPEST {
+        return Err(io::Error::other(format!("folders are nested deeper than {DEEPEST}: {}", path.display())));
+    }
+    for entry in Dir::read_from(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name != c"." && name != c".." {
+            let path = path.join(OsStr::from_bytes(name.to_bytes()));
+            each(name, &path).map_err(|error| named(&path, error))?;
         }
-        for entry in Dir::read_from(folder)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            if name != c"." && name != c".." {
-                let path = path.join(std::ffi::OsStr::from_bytes(name.to_bytes()));
-                let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-                self.member(folder, name, &path, depth).map_err(named)?;
-            }
-        }
-        Ok(())
+    }
+    Ok(())
+}
+
+/// The error with the path in front, unless another path is.
+fn named(path: &Path, error: io::Error) -> io::Error {
+    let text = error.to_string();
+    if text.starts_with(&format!("{}", path.display())) {
+        return error;
+    }
+    io::Error::new(error.kind(), format!("{}: {text}", path.display()))
+}
+
+impl<W: Write> Packer<W> {
+    pub(super) fn new(target: W, regular: Regular<W>) -> Self {
+        Self { archive: Builder::new(target), regular, linked: HashMap::new() }
     }
 
-    fn member(&mut self, folder: &OwnedFd, name: &CStr, path: &Path, depth: usize) -> io::Result<()> {
+    /// Everything in a folder.
+    pub(super) fn folder(&mut self, folder: &OwnedFd, path: &Path, depth: usize) -> io::Result<()> {
+        for_each(folder, path, depth, |name, path| match self.member(folder, name, path)? {
+            Some(folder) => self.folder(&folder, path, depth + 1),
+            None => Ok(()),
+        })
+    }
+
+    /// One file of a folder; opened, if it is a folder itself.
+    pub(super) fn member(&mut self, folder: &OwnedFd, name: &CStr, path: &Path) -> io::Result<Option<OwnedFd>> {
         let stat = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         if kind == FileType::Socket {
-            return Ok(());
+            return Ok(None);
         }
         if kind != FileType::Directory && stat.st_nlink > 1 {
-            if let Some(first) = self.linked.get(&stat.st_ino) {
+            let file = (stat.st_dev, stat.st_ino);
+            if let Some(first) = self.linked.get(&file) {
                 let mut header = header(&stat, EntryType::Link);
-                return self.archive.append_link(&mut header, path, Path::new(".").join(first));
+                self.archive.append_link(&mut header, path, Path::new(".").join(first))?;
+                return Ok(None);
             }
-            self.linked.insert(stat.st_ino, path.to_owned());
+            self.linked.insert(file, path.to_owned());
         }
         match kind {
             FileType::Directory => {
                 let folder = open_folder(folder.as_fd(), name)?;
                 self.entry(&stat, path, Some(folder.as_fd()))?;
-                self.folder(&folder, path, depth + 1)
+                return Ok(Some(folder));
             }
             FileType::RegularFile => {
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NOATIME | OFlags::CLOEXEC;
-                let mut file = File::from(openat(folder, name, flags, Mode::empty())?);
+                let file = File::from(openat(folder, name, flags, Mode::empty())?);
                 self.extensions(&stat, Some(file.as_fd()))?;
-                self.archive.append_file(path, &mut file)
+                (self.regular)(&mut self.archive, path, header(&stat, EntryType::Regular), file)?;
             }
             FileType::Symlink => {
                 let target = readlinkat(folder, name, Vec::new())?;
                 self.extensions(&stat, None)?;
-                let target = Path::new(std::ffi::OsStr::from_bytes(target.to_bytes()));
-                self.archive.append_link(&mut header(&stat, EntryType::Symlink), path, target)
+                let target = Path::new(OsStr::from_bytes(target.to_bytes()));
+                self.archive.append_link(&mut header(&stat, EntryType::Symlink), path, target)?;
             }
-            _ => self.entry(&stat, path, None),
+            _ => self.entry(&stat, path, None)?,
         }
+        Ok(None)
     }
 
     /// An entry without data.
-    fn entry(&mut self, stat: &Stat, path: &Path, open: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    pub(super) fn entry(&mut self, stat: &Stat, path: &Path, open: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let (kind, has_number) = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => (EntryType::Directory, false),
             FileType::CharacterDevice => (EntryType::Char, true),
@@ -123,28 +162,31 @@ impl Packer {
     fn extensions(&mut self, stat: &Stat, open: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let mut extensions =
             vec![("mtime".to_owned(), format!("{}.{:09}", stat.st_mtime, stat.st_mtime_nsec).into_bytes())];
-        for name in open.map(attributes).transpose()?.unwrap_or_default() {
-            let Some(open) = open else { continue };
-            // The largest value of any attribute is 64 KiB (xattr(7)).
-            let mut value = vec![0; 64 << 10];
-            let length = fgetxattr(open, name.as_str(), &mut value)?;
-            value.truncate(length);
+        for (name, value) in open.map(attributes).transpose()?.unwrap_or_default() {
             extensions.push((format!("{PAX_ATTRIBUTE}{name}"), value));
         }
         self.archive.append_pax_extensions(extensions.iter().map(|(key, value)| (key.as_str(), value.as_slice())))
     }
 }
 
-/// Names of a file's extended attributes.
-fn attributes(file: BorrowedFd<'_>) -> io::Result<Vec<String>> {
-    let mut buffer = [MaybeUninit::<u8>::uninit(); 64 << 10];
+/// A file's extended attributes.
+pub(super) fn attributes(file: BorrowedFd<'_>) -> io::Result<Vec<(String, Vec<u8>)>> {
+    let mut buffer = [MaybeUninit::<u8>::uninit(); LARGEST_ATTRIBUTE];
     let names = match flistxattr(file, &mut buffer) {
         Ok((names, _)) => &*names,
         Err(rustix::io::Errno::OPNOTSUPP) => &[],
         Err(error) => return Err(error.into()),
     };
     let names = names.split(|byte| *byte == 0).filter(|name| !name.is_empty());
-    Ok(names.map(|name| String::from_utf8_lossy(name).into_owned()).collect())
+    names
+        .map(|name| {
+            let name = String::from_utf8_lossy(name).into_owned();
+            let mut value = vec![0; LARGEST_ATTRIBUTE];
+            let length = fgetxattr(file, name.as_str(), &mut value)?;
+            value.truncate(length);
+            Ok((name, value))
+        })
+        .collect()
 }
 
 fn header(stat: &Stat, kind: EntryType) -> Header {

@@ -22,21 +22,22 @@ use tar::{Archive, Entry, EntryType};
 use super::pack::PAX_ATTRIBUTE;
 
 /// Most entries that are unpacked.
-const MOST: usize = 1 << 20;
+pub(super) const MOST: usize = 1 << 20;
 /// How much of a file is copied at a time.
 const BLOCK: usize = 64 << 10;
 
 /// What an entry says of a file besides its content.
-struct Attributes {
-    mode: u32,
-    uid: u32,
-    gid: u32,
-    modified: Timespec,
-    extended: Vec<(String, Vec<u8>)>,
+#[derive(Clone, Debug)]
+pub(super) struct Attributes {
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) modified: Timespec,
+    pub(super) extended: Vec<(String, Vec<u8>)>,
 }
 
 /// Unpacks the archive into the empty folder `root`.
-pub fn unpack(archive: impl Read, root: &OwnedFd) -> io::Result<()> {
+pub(crate) fn unpack(archive: impl Read, root: &OwnedFd) -> io::Result<()> {
     let mut archive = Archive::new(MultiGzDecoder::new(archive));
     let mut folders: Vec<(PathBuf, Timespec)> = Vec::new();
     for (index, entry) in archive.entries()?.enumerate() {
@@ -62,12 +63,12 @@ pub fn unpack(archive: impl Read, root: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-fn damaged(problem: &str) -> io::Error {
+pub(super) fn damaged(problem: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the archive is damaged: {problem}"))
 }
 
 /// The path of an entry, as one that goes only downwards; empty for the root itself.
-fn confined(bytes: &[u8]) -> io::Result<PathBuf> {
+pub(super) fn confined(bytes: &[u8]) -> io::Result<PathBuf> {
     let mut path = PathBuf::new();
     for part in Path::new(OsStr::from_bytes(bytes)).components() {
         match part {
@@ -79,7 +80,7 @@ fn confined(bytes: &[u8]) -> io::Result<PathBuf> {
     Ok(path)
 }
 
-fn attributes(entry: &mut Entry<'_, impl Read>) -> io::Result<Attributes> {
+pub(super) fn attributes(entry: &mut Entry<'_, impl Read>) -> io::Result<Attributes> {
     let header = entry.header();
     let id = |id: io::Result<u64>| u32::try_from(id?).map_err(|_| damaged("an owner's number is too large"));
     let mut attributes = Attributes {
@@ -110,79 +111,120 @@ fn time(text: &str) -> Option<Timespec> {
     Some(Timespec { tv_sec: seconds.parse().ok()?, tv_nsec: nanoseconds.into() })
 }
 
-fn open_beneath(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+pub(super) fn open_beneath(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
     let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let resolve =
+        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     Ok(openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?)
 }
 
-fn times(modified: Timespec) -> Timestamps {
+pub(super) fn times(modified: Timespec) -> Timestamps {
     Timestamps { last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT }, last_modification: modified }
 }
 
 fn create(root: &OwnedFd, path: &Path, entry: &mut Entry<'_, impl Read>, attributes: &Attributes) -> io::Result<()> {
+    let kind = entry.header().entry_type();
     let Some(name) = path.file_name() else {
-        return match entry.header().entry_type() {
+        return match kind {
             EntryType::Directory => finish_folder(root, Path::new(""), attributes),
             _ => Err(damaged("its root is no folder")),
         };
     };
     let parent = path.parent().unwrap_or(Path::new(""));
     let parent = open_beneath(root.as_fd(), parent, OFlags::PATH | OFlags::DIRECTORY)?;
-    let link = || -> io::Result<Vec<u8>> {
-        Ok(entry.link_name_bytes().ok_or_else(|| damaged("a link has no target"))?.into_owned())
-    };
+    if kind == EntryType::Directory {
+        mkdirat(&parent, name, Mode::RWXU)?;
+        return finish_folder(root, path, attributes);
+    }
+    make(&parent, name, entry, attributes, root)
+}
+
+/// Where a hard link leads to.
+pub(super) fn link_target(entry: &Entry<'_, impl Read>) -> io::Result<PathBuf> {
+    confined(&link(entry)?)
+}
+
+fn link(entry: &Entry<'_, impl Read>) -> io::Result<Vec<u8>> {
+    Ok(entry.link_name_bytes().ok_or_else(|| damaged("a link has no target"))?.into_owned())
+}
+
+/// Makes what is no folder as `name` in `parent`, where nothing is; targets of hard links lie below `root`.
+pub(super) fn make(
+    parent: &OwnedFd,
+    name: &OsStr,
+    entry: &mut Entry<'_, impl Read>,
+    attributes: &Attributes,
+    root: &OwnedFd,
+) -> io::Result<()> {
     let private = Mode::RUSR | Mode::WUSR;
     match entry.header().entry_type() {
-        EntryType::Directory => {
-            mkdirat(&parent, name, Mode::RWXU)?;
-            return finish_folder(root, path, attributes);
-        }
         EntryType::Link => {
-            let target = confined(&link()?)?;
-            let target = open_beneath(root.as_fd(), &target, OFlags::PATH | OFlags::NOFOLLOW)?;
-            linkat(&target, "", &parent, name, AtFlags::EMPTY_PATH)?;
-            return Ok(());
+            let target = open_beneath(root.as_fd(), &link_target(entry)?, OFlags::PATH | OFlags::NOFOLLOW)?;
+            return Ok(linkat(&target, "", parent, name, AtFlags::EMPTY_PATH)?);
         }
-        EntryType::Symlink => symlinkat(OsStr::from_bytes(&link()?), &parent, name)?,
-        EntryType::Char => mknodat(&parent, name, FileType::CharacterDevice, private, number(entry)?)?,
-        EntryType::Block => mknodat(&parent, name, FileType::BlockDevice, private, number(entry)?)?,
-        EntryType::Fifo => mknodat(&parent, name, FileType::Fifo, private, 0)?,
+        EntryType::Symlink => symlinkat(OsStr::from_bytes(&link(entry)?), parent, name)?,
+        EntryType::Char => mknodat(parent, name, FileType::CharacterDevice, private, number(entry)?)?,
+        EntryType::Block => mknodat(parent, name, FileType::BlockDevice, private, number(entry)?)?,
+        EntryType::Fifo => mknodat(parent, name, FileType::Fifo, private, 0)?,
         EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let file = File::from(rustix::fs::openat(&parent, name, flags, private)?);
+            let file = File::from(rustix::fs::openat(parent, name, flags, private)?);
             copy(entry, &file)?;
+            // A change of owner takes capabilities away.
+            rustix::fs::fchown(&file, Some(Uid::from_raw(attributes.uid)), Some(Gid::from_raw(attributes.gid)))?;
             for (name, value) in &attributes.extended {
                 fsetxattr(&file, name.as_str(), value, XattrFlags::empty())?;
             }
+            rustix::fs::fchmod(&file, Mode::from_raw_mode(attributes.mode))?;
+            return Ok(rustix::fs::futimens(&file, &times(attributes.modified))?);
         }
         other => return Err(damaged(&format!("an entry of kind {other:?}"))),
     }
     let (uid, gid) = (Uid::from_raw(attributes.uid), Gid::from_raw(attributes.gid));
-    chownat(&parent, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+    chownat(parent, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
     if entry.header().entry_type() != EntryType::Symlink {
         // The name was just made, and is no link: nobody else sees this file system yet.
-        chmodat(&parent, name, Mode::from_raw_mode(attributes.mode), AtFlags::empty())?;
+        chmodat(parent, name, Mode::from_raw_mode(attributes.mode), AtFlags::empty())?;
     }
-    utimensat(&parent, name, &times(attributes.modified), AtFlags::SYMLINK_NOFOLLOW)?;
+    utimensat(parent, name, &times(attributes.modified), AtFlags::SYMLINK_NOFOLLOW)?;
     Ok(())
 }
 
-fn number(entry: &Entry<'_, impl Read>) -> io::Result<u64> {
+pub(super) fn number(entry: &Entry<'_, impl Read>) -> io::Result<u64> {
     let (major, minor) = (entry.header().device_major()?, entry.header().device_minor()?);
     let missing = || damaged("a device has no number");
     Ok(makedev(major.ok_or_else(missing)?, minor.ok_or_else(missing)?))
 }
 
 fn finish_folder(root: &OwnedFd, path: &Path, attributes: &Attributes) -> io::Result<()> {
-    let folder = open_beneath(root.as_fd(), path, OFlags::RDONLY | OFlags::DIRECTORY)?;
-    for (name, value) in &attributes.extended {
-        fsetxattr(&folder, name.as_str(), value, XattrFlags::empty())?;
+    attributes.set(&open_beneath(root.as_fd(), path, OFlags::RDONLY | OFlags::DIRECTORY)?)
+}
+
+impl Attributes {
+    /// Whether both are the same, times aside.
+    pub(super) fn same_but_for_time(&self, other: &Self) -> bool {
+        (self.mode, self.uid, self.gid) == (other.mode, other.uid, other.gid) && self.same_extended(&other.extended)
     }
-    let (uid, gid) = (Uid::from_raw(attributes.uid), Gid::from_raw(attributes.gid));
-    rustix::fs::fchown(&folder, Some(uid), Some(gid))?;
-    rustix::fs::fchmod(&folder, Mode::from_raw_mode(attributes.mode))?;
-    Ok(())
+
+    /// Whether the extended attributes are these, in whatever order.
+    pub(super) fn same_extended(&self, other: &[(String, Vec<u8>)]) -> bool {
+        let sorted = |list: &[(String, Vec<u8>)]| {
+            let mut list = list.to_vec();
+            list.sort_unstable();
+            list
+        };
+        sorted(&self.extended) == sorted(other)
+    }
+
+    /// Gives them to a folder, times aside.
+    pub(super) fn set(&self, folder: &OwnedFd) -> io::Result<()> {
+        for (name, value) in &self.extended {
+            fsetxattr(folder, name.as_str(), value, XattrFlags::empty())?;
+        }
+        rustix::fs::fchown(folder, Some(Uid::from_raw(self.uid)), Some(Gid::from_raw(self.gid)))?;
+        rustix::fs::fchmod(folder, Mode::from_raw_mode(self.mode))?;
+        Ok(())
+    }
 }
 
 /// Copies the content; blocks of zeros become holes, as they were or might have been.
