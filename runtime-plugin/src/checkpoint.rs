@@ -3,6 +3,7 @@
 //! The order: flags, container, its status, then the dump (`save`), and last the removal of the container unless it goes on.
 //! On failure the container runs on as it was found: nothing here changes it before the dump has succeeded.
 
+mod layer;
 mod save;
 
 use std::path::{Path, PathBuf};
@@ -79,6 +80,9 @@ pub struct CheckpointArgs {
     /// Save the memory only, and let the container run on.
     #[arg(long)]
     pub pre_dump: bool,
+    /// Leave out of the archive what the container has changed of its root file system.
+    #[arg(long)]
+    pub ignore_rootfs: bool,
     /// How cgroups are saved.
     #[arg(long, value_enum, value_name = "MODE")]
     pub manage_cgroups_mode: Option<CgroupsMode>,

@@ -3,6 +3,7 @@
 //! The order: flags, bundle, source; then the name and the cgroup with its limits; the tree (`load`); and the state
 //! that makes every other command work on the container. On failure neither process, cgroup nor state is left.
 
+mod layer;
 mod load;
 mod mountpoints;
 
@@ -41,6 +42,9 @@ pub struct RestoreArgs {
     /// How to tell what was done.
     #[arg(long, value_enum, default_value = "text", value_name = "FORMAT")]
     pub format: SummaryFormat,
+    /// Leave the root file system as the bundle has it, whatever the archive says that the container has changed of it.
+    #[arg(long)]
+    pub ignore_rootfs: bool,
     /// Unix socket that receives the master side of the container's terminal.
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,

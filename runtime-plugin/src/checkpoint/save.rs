@@ -7,12 +7,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump};
+use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump, dump_telling};
 use ferry_engine::fault::Faults;
 use ferry_engine::images::{ArchiveSink, FolderOptions, FolderSink};
 use ferry_engine::sys::{HostPid, PAGE_SIZE};
 use serde_json::json;
 
+use super::layer::Layer;
 use super::{Compression, Destination, Plan, Summary};
 use crate::archive::{Compressor, Counter, NewFile};
 use crate::externals;
@@ -124,7 +125,8 @@ fn fill<W: Write + Send>(
     stdio: &[u8],
 ) -> Result<Dumped, Failure> {
     sink.put_member("spec.dump", &serde_json::to_vec_pretty(plan.spec)?)?;
-    let dumped = dump(HostPid(pid), sink, options).map_err(explain)?;
+    let mut layer = Layer::find(pid, plan.args.ignore_rootfs)?;
+    let dumped = dump_telling(HostPid(pid), sink, options, &mut layer).map_err(explain)?;
     sink.put_member("config.dump", &serde_json::to_vec_pretty(&config(plan))?)?;
     sink.put_member("stats-dump", &dumped.stats_image())?;
     sink.put_member(DESCRIPTORS, stdio)?;

@@ -4,12 +4,14 @@ use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 
 use ferry_engine::fault::Faults;
+use ferry_engine::file_tree::{DELETED_FILES, ROOTFS_DIFF};
 use ferry_engine::images::{FolderSource, ImageSet, Source as ImageSource};
 use ferry_engine::namespaces::RestoreNamespaceOptions;
 use ferry_engine::restore::{RestoreOptions, Stage, restore};
 use ferry_engine::sys::HostPid;
 use ferry_hooks::{State, Status};
 
+use super::layer::{Layer, Members};
 use super::{Plan, Source};
 use crate::archive;
 use crate::checkpoint::DESCRIPTORS;
@@ -18,10 +20,11 @@ use crate::failure::Failure;
 
 /// Runs the engine; the pid of the container's first process. On failure nothing of the tree is left.
 pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
-    let (source, stdio) = open(&plan.source)?;
+    let Opened { source, stdio, members } = open(&plan.source)?;
     let images = ImageSet::open(source)?;
     let spec = &plan.bundle.spec;
     let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+    let layer = Layer::read(&images, members, &rootfs, plan.args.ignore_rootfs)?;
     let outside = externals::mounts(spec, &plan.bundle.directory, &rootfs, plan.new.cgroup());
     let mut namespaces = RestoreNamespaceOptions {
         root: Some(rootfs),
@@ -40,7 +43,8 @@ pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
             plan.new.cgroup().add(root.0).map_err(|error| format!("cannot put it into the container's cgroup: {error}"))
         })),
         namespaces,
-        notify: Some(Box::new(|stage, root| run_hooks(plan, stage, root))),
+        notify: Some(Box::new(|stage, root| run_hooks(plan, stage, root).and_then(|()| layer.at_stage(stage)))),
+        progress: Some(Box::new(|phase| layer.at_phase(phase))),
         inherited: stdio_from_here(&stdio)?,
         faults: Faults::new(plan.args.fault.iter().copied()),
         ..RestoreOptions::default()
@@ -55,15 +59,19 @@ pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
     Ok(restored.pid.0)
 }
 
-/// The images, and what the first process's standard descriptors were, if that was kept.
-type Opened = (Box<dyn ImageSource>, Option<Vec<u8>>);
+/// A checkpoint, opened.
+struct Opened {
+    source: Box<dyn ImageSource>,
+    /// What the first process's standard descriptors were, if that was kept.
+    stdio: Option<Vec<u8>>,
+    members: Members,
+}
 
-/// The images, and what the standard descriptors were when they were made, if that was kept.
 fn open(source: &Source) -> Result<Opened, Failure> {
     match source {
         Source::Folder(folder) => {
             let stdio = fs::read(folder.join(DESCRIPTORS)).ok();
-            Ok((Box::new(FolderSource::open(folder)?), stdio))
+            Ok(Opened { source: Box::new(FolderSource::open(folder)?), stdio, members: Members::default() })
         }
         Source::Archive(path) => from_archive(archive::open(path)?),
         Source::Stream => from_archive(archive::read(std::io::stdin())?),
@@ -72,7 +80,8 @@ fn open(source: &Source) -> Result<Opened, Failure> {
 
 fn from_archive(archive: ferry_engine::images::ArchiveSource) -> Result<Opened, Failure> {
     let stdio = archive.member(DESCRIPTORS).map(|member| member.to_vec(DESCRIPTORS)).transpose()?;
-    Ok((Box::new(archive), stdio))
+    let members = Members { diff: archive.member(ROOTFS_DIFF), deleted: archive.member(DELETED_FILES) };
+    Ok(Opened { source: Box::new(archive), stdio, members })
 }
 
 /// Standard descriptors that were pipes lead to whoever restores, as with runc: their other ends are gone.
