@@ -404,7 +404,9 @@ fn roots_and_missing_paths_are_refused() {
         assert!(matches!(Freezer::for_path(root), Err(FreezeError::Unfit { reason: Unfit::Root, .. })));
         assert!(matches!(Freezer::for_path(cgroup.directory.join("no")), Err(FreezeError::NotFound { .. })));
         let up = cgroup.directory.join("..");
-        assert!(matches!(Freezer::for_path(up), Err(FreezeError::NotFound { .. })));
+        assert!(matches!(Freezer::for_path(up), Err(FreezeError::Unfit { reason: Unfit::Root, .. })), "as a directory");
+        let up = std::path::Path::new(cgroup.directory.file_name().unwrap()).join("..");
+        assert!(matches!(Freezer::for_path(up), Err(FreezeError::NotFound { .. })), "as a path in the hierarchy");
     });
     assert!(matches!(Freezer::for_path("/"), Err(FreezeError::Unfit { reason: Unfit::Root, .. })));
 }
@@ -444,6 +446,69 @@ fn a_relative_path_means_the_design_where_it_has_tasks() {
         assert_eq!(freezer.cgroup().version(), version);
         let absolute = std::path::Path::new("/").join(name);
         assert_eq!(Freezer::for_path(absolute).unwrap(), freezer);
+    });
+}
+
+#[test]
+fn a_containers_id_names_its_cgroup_wherever_it_is() {
+    for_each_design(|version| {
+        let cgroup = TestCgroup::new(version);
+        let id = format!("{}x", cgroup.directory.file_name().unwrap().to_str().unwrap());
+        for name in [id.clone(), format!("libpod-{id}"), format!("runtime-{id}.scope")] {
+            let directory = cgroup.sub(&name);
+            assert_eq!(Freezer::for_path(&id).unwrap().cgroup().directory(), directory, "{name}");
+            fs::remove_dir(&directory).unwrap();
+        }
+        assert!(matches!(Freezer::for_path(&id), Err(FreezeError::NotFound { .. })));
+    });
+}
+
+#[test]
+fn links_on_the_way_to_a_directory_are_followed() {
+    for_each_design(|version| {
+        let cgroup = TestCgroup::new(version);
+        let link = std::env::temp_dir().join(cgroup.directory.file_name().unwrap());
+        std::os::unix::fs::symlink(&cgroup.directory, &link).unwrap();
+        let found = Freezer::for_path(&link);
+        fs::remove_file(&link).unwrap();
+        assert_eq!(found.unwrap().cgroup().directory(), cgroup.directory);
+    });
+}
+
+#[test]
+fn of_an_ended_container_its_own_cgroups_are_thawed_and_those_above_given_back() {
+    for_each_design(|version| {
+        let outer = TestCgroup::new(version);
+        let inner = outer.sub("container");
+        let mut child = Busy::start(&inner);
+        wish(&inner, version, true);
+        outer.wish(true);
+        wait_until("frozen", || is_frozen(&inner, version));
+        let mut frozen = Freezer::for_path(&inner).unwrap().freeze(anyone, PATIENCE).unwrap();
+        frozen.thaw_for_ptrace().unwrap();
+        child.kill();
+        frozen.end().unwrap();
+        outer.wish(false);
+        assert!(!is_frozen(&inner, version), "its own is thawed");
+    });
+}
+
+#[test]
+fn what_a_freeze_would_refuse_is_foreseen() {
+    for_each_design(|version| {
+        let outer = TestCgroup::new(version);
+        let inner = outer.sub("container");
+        let child = Busy::start(&inner);
+        let other = Busy::start(&outer.sub("other"));
+        let freezer = Freezer::for_path(&inner).unwrap();
+        freezer.foresee(anyone).unwrap();
+        let child_pid = child.pid();
+        assert!(matches!(freezer.foresee(|pid| pid != child_pid), Err(FreezeError::Unfit { .. })));
+        outer.wish(true);
+        match freezer.foresee(anyone) {
+            Err(FreezeError::HeldElsewhere { foreign, .. }) => assert_eq!(foreign, [other.pid()]),
+            result => panic!("{result:?}"),
+        }
     });
 }
 

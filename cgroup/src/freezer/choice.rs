@@ -6,14 +6,14 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::Path;
+use std::path::{Component, Path};
 use std::time::Duration;
 
 use super::FreezeError;
 use super::control::{self, State, read_error};
-use super::guard::Frozen;
+use super::guard::{self, Frozen};
 use crate::directory::Cgroup;
-use crate::hierarchy::{CgroupSet, Hierarchies};
+use crate::hierarchy::{CgroupSet, Hierarchies, Hierarchy};
 
 /// How many foreign processes an error names.
 const NAMED: usize = 5;
@@ -55,25 +55,31 @@ pub struct Freezer {
 }
 
 impl Freezer {
-    /// The freezer of a cgroup given by its directory (`/sys/fs/cgroup/freezer/redis`), or by its path within the
-    /// v1 freezer hierarchy or cgroup2 (`/redis`, `redis`). When a path exists in both, the one with tasks is meant.
+    /// The freezer of a cgroup given by its directory (`/sys/fs/cgroup/freezer/redis`), by its path within the v1 freezer
+    /// hierarchy or cgroup2 (`/redis`, `redis`), or by the id of the container whose cgroup it is, as runtimes name cgroups:
+    /// `ID`, `NAME-ID`, `NAME-ID.scope`, anywhere in the hierarchy. When it exists in both designs, the one with tasks is meant.
     ///
     /// # Errors
-    /// When there is no such cgroup, both have tasks, or it is a root.
+    /// When there is no such cgroup, several have tasks, or it is a root.
     pub fn for_path(path: impl AsRef<Path>) -> Result<Freezer, FreezeError> {
         let (path, hierarchies) = (path.as_ref(), Hierarchies::detect()?);
         let text = path.to_string_lossy().into_owned();
-        let looked_for = match hierarchies.at_directory(path) {
+        // Links on the way to a directory are followed; what does not exist is looked up as it is.
+        let real = path.canonicalize().ok().filter(|_| path.is_absolute());
+        let looked_for = match hierarchies.at_directory(real.as_deref().unwrap_or(path)) {
             Some((_, cgroup)) => vec![cgroup],
             None => freezable(&hierarchies)
                 .filter_map(|hierarchy| hierarchy.cgroup(&format!("/{}", text.trim_matches('/'))).ok())
                 .collect(),
         };
-        let dotted = path.components().any(|component| component == std::path::Component::ParentDir);
-        let mut found: Vec<&Cgroup> = looked_for.iter().filter(|cgroup| !dotted && cgroup.exists()).collect();
+        let dotted = real.is_none() && path.components().any(|component| component == Component::ParentDir);
+        let mut found: Vec<Cgroup> = looked_for.iter().filter(|cgroup| !dotted && cgroup.exists()).cloned().collect();
+        if let ([], Some(id)) = (&found[..], as_id(path)) {
+            found = freezable(&hierarchies).flat_map(|hierarchy| named_for(hierarchy, id)).collect();
+        }
         if found.len() > 1 && found[0].parent().is_some() {
-            let populated = |cgroup: &&Cgroup| cgroup.processes().is_ok_and(|processes| !processes.is_empty());
-            let with_tasks: Vec<&Cgroup> = found.iter().copied().filter(populated).collect();
+            let populated = |cgroup: &Cgroup| cgroup.processes().is_ok_and(|processes| !processes.is_empty());
+            let with_tasks: Vec<Cgroup> = found.iter().filter(|cgroup| populated(cgroup)).cloned().collect();
             match with_tasks.len() {
                 0 => found.truncate(1),
                 1 => found = with_tasks,
@@ -83,11 +89,11 @@ impl Freezer {
                 }
             }
         }
-        let Some(cgroup) = found.first() else {
+        let Some(cgroup) = found.into_iter().next() else {
             let looked_for = looked_for.iter().map(|cgroup| cgroup.directory().to_owned()).collect();
             return Err(FreezeError::NotFound { path: text, looked_for });
         };
-        let freezer = Freezer { cgroup: (*cgroup).clone() };
+        let freezer = Freezer { cgroup };
         freezer.check_freezable().map_err(|reason| freezer.unfit(reason))?;
         Ok(freezer)
     }
@@ -152,6 +158,16 @@ impl Freezer {
         self.cgroup.processes().map_err(|source| read_error(&self.cgroup, "", source))
     }
 
+    /// Whether [`Freezer::freeze`] and [`Frozen::thaw_for_ptrace`] would refuse, as far as can be told beforehand; nothing
+    /// is changed.
+    ///
+    /// # Errors
+    /// As those two.
+    pub fn foresee(&self, expected: impl Fn(i32) -> bool) -> Result<(), FreezeError> {
+        self.check(expected).map_err(|reason| self.unfit(reason))?;
+        guard::check_holders(self, &guard::find_holders(self)?)
+    }
+
     /// Freezes the cgroup and waits up to `timeout` for the kernel to say so. A cgroup that is frozen already, by hand, by
     /// the runtime or through an ancestor, is accepted, and will be left frozen by the guard.
     ///
@@ -197,6 +213,60 @@ impl Freezer {
     }
 }
 
-fn freezable(hierarchies: &Hierarchies) -> impl Iterator<Item = &crate::hierarchy::Hierarchy> {
+fn freezable(hierarchies: &Hierarchies) -> impl Iterator<Item = &Hierarchy> {
     hierarchies.with_controller("freezer").into_iter().chain(hierarchies.unified())
+}
+
+/// The path as a container's id: a single name.
+fn as_id(path: &Path) -> Option<&str> {
+    let mut components = path.components();
+    match (components.next(), components.next()) {
+        (Some(Component::Normal(name)), None) => name.to_str(),
+        _ => None,
+    }
+}
+
+/// The topmost cgroups of a hierarchy that are named for a container. Directories that cannot be read are passed over: they
+/// are others'.
+fn named_for(hierarchy: &Hierarchy, id: &str) -> Vec<Cgroup> {
+    let Ok(root) = hierarchy.cgroup(hierarchy.mount.as_ref().map_or("/", |mount| &mount.root)) else {
+        return Vec::new();
+    };
+    let (mut open, mut found) = (vec![root], Vec::new());
+    while let Some(cgroup) = open.pop() {
+        for child in cgroup.children().unwrap_or_default() {
+            let name = child.path().rsplit('/').next().unwrap_or_default();
+            if is_named_for(name, id) { &mut found } else { &mut open }.push(child);
+        }
+    }
+    found
+}
+
+/// Whether a runtime names the cgroup of container `id` so: the cgroupfs drivers `ID` or `NAME-ID`, systemd's `NAME-ID.scope`.
+fn is_named_for(name: &str, id: &str) -> bool {
+    let name = name.strip_suffix(".scope").unwrap_or(name);
+    name.strip_suffix(id).is_some_and(|rest| rest.is_empty() || rest.ends_with('-'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroups_are_named_for_containers_in_the_ways_of_runtimes() {
+        for name in ["c1", "libpod-c1", "docker-c1.scope", "cri-containerd-c1.scope", "c1.scope"] {
+            assert!(is_named_for(name, "c1"), "{name}");
+        }
+        for name in ["c10", "xc1", "c1.slice", "libpod-conmon-c1x", "c1-x"] {
+            assert!(!is_named_for(name, "c1"), "{name}");
+        }
+    }
+
+    #[test]
+    fn only_a_single_name_can_be_an_id() {
+        assert_eq!(as_id(Path::new("c1")), Some("c1"));
+        for path in ["/c1", "a/c1", "..", ""] {
+            assert_eq!(as_id(Path::new(path)), None, "{path}");
+        }
+    }
 }

@@ -28,8 +28,8 @@ pub struct Frozen {
     found_asked: bool,
     /// What the kernel said of it before.
     found: State,
-    /// Other cgroups that were found asked to freeze, and hold these tasks or some of them.
-    holders: Vec<Cgroup>,
+    /// Other cgroups that were found asked to freeze.
+    holders: Holders,
     /// Gives back in the place of a process that was killed; taken once there is nothing to give back any more.
     rescue: Option<Rescue>,
 }
@@ -75,6 +75,11 @@ impl Frozen {
         self.found != State::Thawed
     }
 
+    /// Whether the cgroup, or a part of it, was frozen when this guard came.
+    pub fn found_any_frozen(&self) -> bool {
+        self.was_frozen() || !self.holders.is_empty()
+    }
+
     /// Whether a cgroup had itself been asked to freeze before this guard came.
     ///
     /// # Errors
@@ -83,7 +88,7 @@ impl Frozen {
         if cgroup == self.freezer.cgroup() {
             return Ok(self.found_asked);
         }
-        Ok(self.holders.contains(cgroup) || control::asked_to_freeze(cgroup)?)
+        Ok(self.holders.iter().any(|holder| holder == cgroup) || control::asked_to_freeze(cgroup)?)
     }
 
     /// Thaws everything that holds the container's tasks, so that tasks that were seized and interrupted reach their ptrace
@@ -94,13 +99,7 @@ impl Frozen {
     /// When the tasks are held by a cgroup that holds other processes too; see [`FreezeError::HeldElsewhere`]. The guard
     /// still gives back the state that was found.
     pub fn thaw_for_ptrace(&mut self) -> Result<(), FreezeError> {
-        let own = self.freezer.processes()?;
-        for holder in &self.holders {
-            let foreign = processes_of(holder)?.difference(&own).copied().take(NAMED).collect::<Vec<i32>>();
-            if !foreign.is_empty() {
-                return Err(FreezeError::HeldElsewhere { cgroup: holder.directory().to_owned(), foreign });
-            }
-        }
+        check_holders(&self.freezer, &self.holders)?;
         for cgroup in self.holders.iter().chain([self.freezer.cgroup()]) {
             control::ask(cgroup, Wish::Thaw)?;
         }
@@ -141,6 +140,21 @@ impl Frozen {
         self.thaw_for_ptrace()?;
         self.dismiss_rescue();
         Ok(())
+    }
+
+    /// For a container whose tasks have been killed and have ended: leaves its cgroup thawed even if it was found frozen,
+    /// since whatever comes to live in it next is to run, and so those below it and its cgroup of the other design. Those above
+    /// are given back as they were found.
+    ///
+    /// # Errors
+    /// When a control file cannot be written. A cgroup that is gone is no error.
+    pub fn end(mut self) -> Result<(), FreezeError> {
+        self.found_asked = false;
+        let mut first = Ok(());
+        for cgroup in std::mem::take(&mut self.holders.own) {
+            first = first.and(control::ask(&cgroup, Wish::Thaw));
+        }
+        first.and(self.give_back())
     }
 
     /// The writes that give back the state found, with their files open.
@@ -207,21 +221,51 @@ impl Drop for Frozen {
     }
 }
 
-/// Cgroups other than the freezer's own that were asked to freeze and hold its tasks: below it, above it, and those of
-/// its processes in the other design.
-fn find_holders(freezer: &Freezer) -> Result<Vec<Cgroup>, FreezeError> {
-    let own = freezer.cgroup();
-    let mut candidates: BTreeSet<Cgroup> = BTreeSet::new();
-    candidates.extend(own.subtree().map_err(|source| control::read_error(own, "", source))?);
-    add_with_ancestors(&mut candidates, own.clone());
-    for cgroup in cgroups_in_other_design(freezer)? {
-        add_with_ancestors(&mut candidates, cgroup);
+/// Cgroups other than the freezer's own that were asked to freeze, and hold its tasks or some of them.
+#[derive(Debug, Default)]
+pub(super) struct Holders {
+    /// Those above it, and above its processes' cgroups in the other design.
+    above: Vec<Cgroup>,
+    /// Those below it, and its processes' cgroups in the other design.
+    own: Vec<Cgroup>,
+}
+
+impl Holders {
+    fn iter(&self) -> impl Iterator<Item = &Cgroup> {
+        self.above.iter().chain(&self.own)
     }
-    candidates.remove(own);
-    let mut holders = Vec::new();
-    for cgroup in candidates {
+
+    fn is_empty(&self) -> bool {
+        self.iter().next().is_none()
+    }
+}
+
+/// Makes sure that thawing what holds the freezer's tasks sets nobody else running.
+pub(super) fn check_holders(freezer: &Freezer, holders: &Holders) -> Result<(), FreezeError> {
+    let own = freezer.processes()?;
+    for holder in holders.iter() {
+        let foreign = processes_of(holder)?.difference(&own).copied().take(NAMED).collect::<Vec<i32>>();
+        if !foreign.is_empty() {
+            return Err(FreezeError::HeldElsewhere { cgroup: holder.directory().to_owned(), foreign });
+        }
+    }
+    Ok(())
+}
+
+/// Looks for what holds the freezer's tasks besides its own cgroup.
+pub(super) fn find_holders(freezer: &Freezer) -> Result<Holders, FreezeError> {
+    let freezers = freezer.cgroup();
+    let mut own: BTreeSet<Cgroup> = cgroups_in_other_design(freezer)?;
+    own.extend(freezers.subtree().map_err(|source| control::read_error(freezers, "", source))?);
+    let mut all = BTreeSet::new();
+    for cgroup in &own {
+        add_with_ancestors(&mut all, cgroup.clone());
+    }
+    all.remove(freezers);
+    let mut holders = Holders::default();
+    for cgroup in all {
         if control::has_freezer(&cgroup) && control::asked_to_freeze(&cgroup)? {
-            holders.push(cgroup);
+            if own.contains(&cgroup) { &mut holders.own } else { &mut holders.above }.push(cgroup);
         }
     }
     Ok(holders)
