@@ -167,7 +167,7 @@ pub enum DumpError {
     Refused { refusals: Refusals },
     /// It could not be stopped.
     #[error(transparent)]
-    Freeze(#[from] FreezeError),
+    Freeze(FreezeError),
     /// The agent failed.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -200,6 +200,16 @@ pub enum DumpError {
     Kill { pid: HostPid, errno: nix::errno::Errno },
 }
 
+impl From<FreezeError> for DumpError {
+    fn from(error: FreezeError) -> Self {
+        match error {
+            FreezeError::Outsiders { refusals } => Self::Refused { refusals },
+            FreezeError::Interrupted(interrupted) => Self::Interrupted(interrupted),
+            error => Self::Freeze(error),
+        }
+    }
+}
+
 impl DumpError {
     pub(crate) fn read(pid: HostPid, what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Read { pid, what, source }
@@ -229,16 +239,15 @@ pub fn dump_telling(
     // Before what is stopped, so that it is dropped after it.
     let mut listening = Listening::new(listener, root);
     listening.reached(DumpStage::PreDump)?;
-    enter(DumpPhase::Preflight, &options, || {
-        let refusals = preflight::check(root, &options)?;
-        if listening.names_external() { Ok(()) } else { refuse(refusals) }
+    let surroundings = enter(DumpPhase::Preflight, &options, || {
+        let (refusals, surroundings) = preflight::look(root, &options)?;
+        if !listening.names_external() {
+            refuse(refusals)?;
+        }
+        Ok(surroundings)
     })?;
     let start = Instant::now();
-    let mut stopped = enter(DumpPhase::Freeze, &options, || {
-        Ok(StoppedTree::stop(root, options.freezer.as_ref(), options.freeze_deadline, &|| {
-            options.step(DumpStep::Stopped)
-        })?)
-    })?;
+    let mut stopped = enter(DumpPhase::Freeze, &options, || Ok(StoppedTree::stop(root, &options, &surroundings)?))?;
     dumped.freezing = start.elapsed();
     listening.lock_network()?;
     options.files.external.extend(listening.more_external()?);
@@ -275,7 +284,7 @@ pub fn dump_telling(
         listening.unlock_network()?;
     }
     enter(DumpPhase::Finish, options, || match (stopped, options.after) {
-        (Some(tree), After::Kill) => end(&tree),
+        (Some(tree), After::Kill) => end(tree),
         (Some(tree), After::Stop) => stop_for_good(tree),
         _ => Ok(()),
     })?;
@@ -333,7 +342,7 @@ fn save_memory(
 }
 
 /// Kills every process of the stopped tree and waits until all are gone, zombies for their parents aside.
-fn end(tree: &StoppedTree) -> Result<(), DumpError> {
+fn end(tree: StoppedTree) -> Result<(), DumpError> {
     for process in tree.processes.iter().filter(|process| !process.is_zombie()) {
         match kill(Pid::from_raw(process.pid.0), Signal::SIGKILL) {
             Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
@@ -343,6 +352,7 @@ fn end(tree: &StoppedTree) -> Result<(), DumpError> {
     ptrace::reap(
         tree.processes.iter().rev().flat_map(|process| process.threads.iter().rev().map(|thread| thread.tid)).collect(),
     );
+    tree.ended();
     Ok(())
 }
 

@@ -8,20 +8,35 @@
 //! seize and interrupt every task, thaw, await the stops (see [`ferry_cgroup::freezer`] for why in this order).
 //!
 //! Whatever happens, the tasks run on: dropping the tree detaches from every thread, and the kernel does the same if
-//! ferry dies.
+//! ferry dies. A cgroup that was found frozen is frozen again before the detach, so that nothing in it runs meanwhile.
+//!
+//! | module | what it owns |
+//! | --- | --- |
+//! | `walk` | finding and stopping the tasks of a tree |
+//! | `held` | what is seized and frozen at a time, and letting it go |
+//! | `outsiders` | processes beside the tree that are in its cgroup or its pid namespace |
 
-use std::collections::{HashMap, HashSet};
+mod held;
+mod outsiders;
+mod walk;
+
 use std::time::{Duration, Instant};
 
-use ferry_cgroup::{Freezer, Frozen};
 use nix::errno::Errno;
 
 use crate::agent::AgentError;
 use crate::agent::inject::Context;
+use crate::dump::DumpOptions;
+use crate::error::Refusals;
 use crate::fault::Interrupted;
-use crate::procfs::{self, Stat};
+use crate::procfs::Stat;
 use crate::sys::HostPid;
-use crate::sys::ptrace::{self, Stop};
+use crate::sys::ptrace::Stop;
+
+use held::Held;
+pub(crate) use outsiders::Surroundings;
+pub use walk::Straggler;
+use walk::Walk;
 
 /// Why a tree could not be stopped.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +74,20 @@ pub enum FreezeError {
         comm: String,
         /// The kernel's answer.
         errno: Errno,
+    },
+    /// Some threads do not come to a stop.
+    #[error("process {root} cannot be stopped: {}", walk::list(.stragglers))]
+    Stuck {
+        /// The root.
+        root: HostPid,
+        /// The threads.
+        stragglers: Vec<Straggler>,
+    },
+    /// Processes that are not of the tree are in its cgroup or pid namespace.
+    #[error("{refusals}")]
+    Outsiders {
+        /// One for each.
+        refusals: Refusals,
     },
     /// New tasks appear faster than they can be stopped.
     #[error("after {after:?}, process {root} still makes new tasks; {stopped} are stopped: give a cgroup to freeze")]
@@ -114,55 +143,34 @@ impl StoppedProcess {
 pub struct StoppedTree {
     /// The processes, the root first.
     pub processes: Vec<StoppedProcess>,
-    /// The cgroup, if one was given; thawed while the tasks are in ptrace stops.
-    frozen: Option<Frozen>,
-    deadline: Duration,
+    held: Held,
 }
 
 impl StoppedTree {
-    /// Stops the tree below `root`, and `freezer`'s cgroup meanwhile if there is one.
+    /// Stops the tree below `root`, and `freezer`'s cgroup meanwhile if there is one. `surroundings` are what was seen
+    /// before: processes beside the tree that have come since make it fail.
     ///
     /// On an error everything that was stopped runs on, and the cgroup is as it was found.
-    ///
-    /// `pass` is called when a process has been stopped, and may give up.
-    pub fn stop(
-        root: HostPid,
-        freezer: Option<&Freezer>,
-        deadline: Duration,
-        pass: &dyn Fn() -> Result<(), Interrupted>,
-    ) -> Result<Self, FreezeError> {
-        let start = Instant::now();
-        // Whatever else is in the cgroup is found out by the caller, who knows what to say of it.
-        let mut frozen = freezer.map(|freezer| freezer.freeze(|_| true, deadline)).transpose()?;
-        let mut walk = Walk {
-            seized: Seized::default(),
-            found: HashMap::new(),
-            order: Vec::new(),
-            frozen: frozen.is_some(),
-            pass,
-        };
-        let stat = Stat::read(root).map_err(|_| FreezeError::NoProcess { pid: root })?;
-        if stat.state == 'Z' {
-            return Err(FreezeError::RootIsZombie { pid: root, comm: stat.comm });
-        }
-        walk.stop_process(root, HostPid(stat.parent))?;
-        if walk.order.is_empty() {
-            return Err(FreezeError::NoProcess { pid: root });
-        }
-        if let Some(frozen) = &mut frozen {
+    pub(crate) fn stop(root: HostPid, options: &DumpOptions, surroundings: &Surroundings) -> Result<Self, FreezeError> {
+        let (freezer, timeout) = (options.freezer.as_ref(), options.freeze_deadline);
+        let held = Held::freeze(freezer, timeout)?;
+        let deadline = Instant::now() + timeout;
+        let mut walk = Walk::new(root, held, deadline, options);
+        walk.begin()?;
+        if walk.held.is_frozen() {
             while walk.pass()? {}
-            frozen.thaw_for_ptrace()?;
-            walk.frozen = false;
-            walk.await_stops();
+            // What the thaw would set running must all be seized.
+            refuse(surroundings.newcomers(&walk.processes(), freezer))?;
+            walk.thaw()?;
         }
         while walk.pass()? {
-            if start.elapsed() > deadline {
-                let stopped = walk.order.len();
-                return Err(FreezeError::Unstable { root, after: deadline, stopped });
+            if Instant::now() > deadline {
+                return Err(FreezeError::Unstable { root, after: timeout, stopped: walk.processes().len() });
             }
         }
-        let processes = walk.finish()?;
-        Ok(Self { processes, frozen, deadline })
+        refuse(surroundings.newcomers(&walk.processes(), freezer))?;
+        let (processes, held) = walk.finish()?;
+        Ok(Self { processes, held })
     }
 
     /// The root process.
@@ -179,217 +187,14 @@ impl StoppedTree {
     pub fn release(self) {
         drop(self);
     }
-}
 
-impl Drop for StoppedTree {
-    fn drop(&mut self) {
-        // A tree that was found frozen must not run between the detach and the return of its cgroup's state.
-        if let Some(frozen) = self.frozen.as_mut().filter(|frozen| frozen.was_frozen())
-            && let Err(error) = frozen.refreeze(self.deadline)
-        {
-            tracing::warn!("the cgroup was found frozen, but runs for a moment: {error}");
-        }
-        for thread in self.processes.iter().flat_map(|process| &process.threads) {
-            // A thread that died meanwhile needs no detaching.
-            let _ = ptrace::detach(thread.tid, 0);
-        }
+    /// To be called when every process has been killed and has ended: their cgroup is left thawed, even if it was found
+    /// frozen, since what comes to live in it next shall run.
+    pub(crate) fn ended(mut self) {
+        self.held.ended();
     }
 }
 
-/// Threads that are seized, until a [`StoppedTree`] takes them over.
-#[derive(Default)]
-struct Seized {
-    stops: HashMap<HostPid, Stop>,
-    owned: bool,
-}
-
-impl Drop for Seized {
-    fn drop(&mut self) {
-        if !self.owned {
-            for tid in self.stops.keys() {
-                let _ = ptrace::detach(*tid, 0);
-            }
-        }
-    }
-}
-
-struct Found {
-    parent: HostPid,
-    threads: Vec<HostPid>,
-    zombie: Option<Stat>,
-}
-
-struct Walk<'a> {
-    /// Called when a process has been stopped.
-    pass: &'a dyn Fn() -> Result<(), Interrupted>,
-    /// Whether the tasks are frozen, so that their stops must not be awaited yet.
-    frozen: bool,
-    seized: Seized,
-    found: HashMap<HostPid, Found>,
-    order: Vec<HostPid>,
-}
-
-impl Walk<'_> {
-    /// Looks at every process found so far for new threads and children; tells whether there were any.
-    fn pass(&mut self) -> Result<bool, FreezeError> {
-        let mut news = false;
-        let mut index = 0;
-        while let Some(&pid) = self.order.get(index) {
-            index += 1;
-            if self.found[&pid].zombie.is_some() {
-                continue;
-            }
-            news |= self.stop_threads(pid)?;
-            let mut children = Vec::new();
-            for tid in &self.found[&pid].threads {
-                children.extend(procfs::children(pid, *tid).unwrap_or_default());
-            }
-            for child in children {
-                if !self.found.contains_key(&child) {
-                    self.stop_process(child, pid)?;
-                    news |= self.found.contains_key(&child);
-                }
-            }
-        }
-        Ok(news)
-    }
-
-    fn stop_process(&mut self, pid: HostPid, parent: HostPid) -> Result<(), FreezeError> {
-        let Ok(stat) = Stat::read(pid) else { return Ok(()) };
-        let zombie = (stat.state == 'Z').then_some(stat);
-        let alive = zombie.is_none();
-        self.found.insert(pid, Found { parent, threads: Vec::new(), zombie });
-        self.order.push(pid);
-        if alive {
-            self.stop_threads(pid)?;
-        }
-        Ok((self.pass)()?)
-    }
-
-    /// Stops threads of `pid` until no new one appears; tells whether there was any.
-    fn stop_threads(&mut self, pid: HostPid) -> Result<bool, FreezeError> {
-        let mut news = false;
-        loop {
-            let known: HashSet<HostPid> = self.found[&pid].threads.iter().copied().collect();
-            let listed = procfs::threads(pid).unwrap_or_default();
-            let new: Vec<HostPid> = listed.into_iter().filter(|tid| !known.contains(tid)).collect();
-            if new.is_empty() {
-                break;
-            }
-            let stopped = self.stop_new(pid, &new)?;
-            if stopped.is_empty() {
-                // Only threads that are exiting; and if even the leader is, the process has become a zombie.
-                self.note_exit(pid);
-                break;
-            }
-            news = true;
-            if let Some(found) = self.found.get_mut(&pid) {
-                found.threads.extend(stopped);
-            }
-        }
-        Ok(news)
-    }
-
-    fn note_exit(&mut self, pid: HostPid) {
-        let Some(found) = self.found.get_mut(&pid) else { return };
-        if found.threads.is_empty() && found.zombie.is_none() {
-            match Stat::read(pid) {
-                Ok(stat) if stat.state == 'Z' => found.zombie = Some(stat),
-                _ => {
-                    self.found.remove(&pid);
-                    self.order.retain(|other| *other != pid);
-                }
-            }
-        }
-    }
-
-    fn stop_new(&mut self, pid: HostPid, new: &[HostPid]) -> Result<Vec<HostPid>, FreezeError> {
-        let mut seized = Vec::with_capacity(new.len());
-        for &tid in new {
-            match seize(tid) {
-                Ok(()) => {
-                    // From here on the thread is detached on any error.
-                    self.seized.stops.insert(tid, Stop::Interrupted);
-                    ptrace::interrupt(tid).ok();
-                    seized.push(tid);
-                }
-                Err(Errno::ESRCH) => {}
-                Err(errno) => {
-                    if let Some(error) = explain_refusal(pid, tid, errno) {
-                        return Err(error);
-                    }
-                }
-            }
-        }
-        if self.frozen {
-            return Ok(seized);
-        }
-        Ok(self.await_each(seized))
-    }
-
-    /// Awaits the stops of all threads seized so far, and forgets those that died instead.
-    fn await_stops(&mut self) {
-        let pids = self.order.clone();
-        for pid in pids {
-            let threads = self.found.get_mut(&pid).map(|found| std::mem::take(&mut found.threads)).unwrap_or_default();
-            let stopped = self.await_each(threads);
-            if let Some(found) = self.found.get_mut(&pid) {
-                found.threads = stopped;
-            }
-            self.note_exit(pid);
-        }
-    }
-
-    fn await_each(&mut self, seized: Vec<HostPid>) -> Vec<HostPid> {
-        let mut stopped = Vec::with_capacity(seized.len());
-        for tid in seized {
-            match ptrace::wait_interrupted(tid) {
-                Ok(stop) => {
-                    self.seized.stops.insert(tid, stop);
-                    stopped.push(tid);
-                }
-                Err(_) => drop(self.seized.stops.remove(&tid)),
-            }
-        }
-        stopped
-    }
-
-    fn finish(mut self) -> Result<Vec<StoppedProcess>, FreezeError> {
-        let mut processes = Vec::with_capacity(self.order.len());
-        for &pid in &self.order {
-            let Some(found) = self.found.remove(&pid) else { continue };
-            let Some(stat) = found.zombie.or_else(|| Stat::read(pid).ok()) else { continue };
-            let mut threads = Vec::with_capacity(found.threads.len());
-            for tid in found.threads {
-                let stop = self.seized.stops.get(&tid).copied().unwrap_or(Stop::Interrupted);
-                threads.push(StoppedThread { tid, stop, context: Context::collect(tid)? });
-            }
-            threads.sort_by_key(|thread| thread.tid != pid);
-            processes.push(StoppedProcess { pid, parent: found.parent, stat, threads });
-        }
-        self.seized.owned = true;
-        Ok(processes)
-    }
-}
-
-fn seize(tid: HostPid) -> nix::Result<()> {
-    // Filters must not see the agent's calls. Where ferry itself is filtered the option is refused: then try without.
-    match ptrace::seize(tid, ptrace::OPTION_SUSPEND_SECCOMP) {
-        Err(Errno::EPERM) => ptrace::seize(tid, 0),
-        result => result,
-    }
-}
-
-/// Why a thread could not be seized; none when it is merely on its way out.
-fn explain_refusal(pid: HostPid, tid: HostPid, errno: Errno) -> Option<FreezeError> {
-    let stat = Stat::read(tid).ok()?;
-    if matches!(stat.state, 'Z' | 'X') {
-        return None;
-    }
-    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
-    let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:\t")).and_then(|pid| pid.parse().ok());
-    Some(match tracer {
-        Some(tracer) if tracer != 0 => FreezeError::Traced { pid, comm: stat.comm, tracer },
-        _ => FreezeError::NotPermitted { pid, comm: stat.comm, errno },
-    })
+fn refuse(refusals: Vec<crate::error::Refusal>) -> Result<(), FreezeError> {
+    if refusals.is_empty() { Ok(()) } else { Err(FreezeError::Outsiders { refusals: Refusals(refusals) }) }
 }

@@ -6,7 +6,7 @@
 use crate::dump::{DumpError, DumpOptions};
 use crate::error::Refusal;
 use crate::files::{FilesCollector, FilesOptions};
-use crate::freeze::FreezeError;
+use crate::freeze::{FreezeError, Surroundings};
 use crate::memory::mappings;
 use crate::namespaces;
 use crate::procfs::{self, Ids, Stat};
@@ -20,8 +20,17 @@ use crate::tree::TaskRef;
 /// # Errors
 /// When the root itself cannot be looked at.
 pub fn check(root: HostPid, options: &DumpOptions) -> Result<Vec<Refusal>, DumpError> {
+    look(root, options).map(|(refusals, _)| refusals)
+}
+
+/// As [`check`], and says who is beside the tree.
+pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<(Vec<Refusal>, Surroundings), DumpError> {
     let tasks = list(root)?;
-    let mut refusals = Vec::new();
+    let freezer = options.freezer.as_ref();
+    let (surroundings, mut refusals) = Surroundings::look(root, tasks[0].ns_pid, freezer);
+    if let Some(Err(error)) = freezer.map(|freezer| freezer.foresee(|_| true)) {
+        refusals.push(tasks[0].refuse("cgroup", sentence(&error), ""));
+    }
     for task in &tasks {
         for mapping in mappings::collect_names(task.pid).unwrap_or_default() {
             refusals.extend(mappings::refusal(task, &mapping));
@@ -36,7 +45,13 @@ pub fn check(root: HostPid, options: &DumpOptions) -> Result<Vec<Refusal>, DumpE
         collector.add_task(task);
     }
     refusals.extend(collector.refusals());
-    Ok(refusals)
+    Ok((refusals, surroundings))
+}
+
+/// An error with its causes.
+fn sentence(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// The processes of a running tree that are alive, parents first.

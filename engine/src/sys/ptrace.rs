@@ -101,7 +101,11 @@ pub fn detach(tid: HostPid, signal: i32) -> nix::Result<()> {
 /// # Errors
 /// `ESRCH` when the thread died instead.
 pub fn wait_stop(tid: HostPid) -> nix::Result<Stop> {
-    match waitpid(Pid::from_raw(tid.0), Some(WaitPidFlag::__WALL))? {
+    stop_of(waitpid(Pid::from_raw(tid.0), Some(WaitPidFlag::__WALL))?)
+}
+
+fn stop_of(status: WaitStatus) -> nix::Result<Stop> {
+    match status {
         WaitStatus::PtraceEvent(_, signal, libc::PTRACE_EVENT_STOP) => Ok(match signal as i32 {
             libc::SIGTRAP => Stop::Interrupted,
             signal => Stop::Group(signal),
@@ -112,17 +116,21 @@ pub fn wait_stop(tid: HostPid) -> nix::Result<Stop> {
     }
 }
 
-/// Waits until an interrupted thread stands in the stop that was asked for; signals that come before it are delivered.
+/// Whether an interrupted thread stands in the stop that was asked for, without waiting for it; signals that come before it are
+/// delivered.
 ///
 /// # Errors
-/// `ESRCH` when the thread died instead.
-pub fn wait_interrupted(tid: HostPid) -> nix::Result<Stop> {
+/// `ESRCH` or `ECHILD` when the thread died instead.
+pub fn poll_interrupted(tid: HostPid) -> nix::Result<Option<Stop>> {
     loop {
-        match wait_stop(tid)? {
-            // The signal is off its queue: let the thread set up its handler, or take its action. The interrupt is still
-            // pending and stops it before its next instruction.
-            Stop::Signal(signal) => request(libc::PTRACE_CONT as _, tid, 0, signal as usize)?,
-            stop => return Ok(stop),
+        match waitpid(Pid::from_raw(tid.0), Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG))? {
+            WaitStatus::StillAlive => return Ok(None),
+            status => match stop_of(status)? {
+                // The signal is off its queue: let the thread set up its handler, or take its action. The interrupt is
+                // still pending and stops it before its next instruction.
+                Stop::Signal(signal) => request(libc::PTRACE_CONT as _, tid, 0, signal as usize)?,
+                stop => return Ok(Some(stop)),
+            },
         };
     }
 }
