@@ -179,8 +179,8 @@ impl StoppedTree {
     }
 
     /// The cgroup that was frozen, if one was given.
-    pub fn frozen(&self) -> Option<&Frozen> {
-        self.frozen.as_ref()
+    pub fn frozen(&self) -> Option<&ferry_cgroup::Frozen> {
+        self.held.cgroup()
     }
 
     /// Lets every thread go on; those in a job-control stop return to it.

@@ -9,6 +9,7 @@
 
 pub mod bundle;
 pub mod capabilities;
+pub mod cgroup;
 pub mod client;
 pub mod container;
 pub mod containerd;

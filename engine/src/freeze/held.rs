@@ -34,6 +34,11 @@ impl Held {
         Ok(Self { threads: HashMap::new(), cgroup, thawed: false, timeout })
     }
 
+    /// The cgroup.
+    pub fn cgroup(&self) -> Option<&Frozen> {
+        self.cgroup.as_ref()
+    }
+
     /// Whether a cgroup holds the tasks now, so that their stops cannot be awaited.
     pub fn is_frozen(&self) -> bool {
         self.cgroup.is_some() && !self.thawed

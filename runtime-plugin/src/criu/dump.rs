@@ -10,7 +10,7 @@ use ferry_engine::sys::HostPid;
 
 use super::listen::{Client, Listeners};
 use super::options::Options;
-use super::{images_dir, parse_size, work_dir, write_new};
+use super::{freezer, images_dir, parse_size, work_dir, write_new};
 use crate::failure::Failure;
 
 /// Dumps the tree; `client` is told of stages, besides action scripts.
@@ -39,6 +39,7 @@ fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
             (false, false) => After::Kill,
         },
         shell_job: options.shell_job,
+        freezer: options.freeze_cgroup.as_deref().map(freezer::named).transpose()?,
         faults: Faults::new(options.fault.iter().copied()),
         ..DumpOptions::default()
     };

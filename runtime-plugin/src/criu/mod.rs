@@ -6,6 +6,7 @@
 mod cgroups;
 pub mod config;
 mod dump;
+mod freezer;
 mod listen;
 mod log;
 pub mod options;

@@ -11,6 +11,7 @@ mod devices;
 mod epoll;
 mod filesystem;
 mod fork_memory;
+mod freezing;
 mod locks;
 mod mappings;
 mod memory;
@@ -81,6 +82,7 @@ fn groups() -> Vec<&'static [Workload]> {
         workloads!(devices: devices),
         workloads!(locks: futex_between_processes),
         workloads!(service: service),
+        workloads!(freezing: spinning),
         refused::WORKLOADS,
     ]
 }
@@ -98,7 +100,7 @@ fn main() {
                 .collect();
             let _ = std::io::Write::write_all(&mut std::io::stdout(), lines.concat().as_bytes());
         }
-        [_, name, dir] => match all().find(|workload| workload.name == name) {
+        [_, name, dir] => match all().chain(freezing::FOR_FREEZING).find(|workload| workload.name == name) {
             Some(workload) => {
                 // What the test's own parents left open is nobody's object under test (make's job server is a pipe).
                 let _ = sys::raw!(SYS_close_range, 3, u32::MAX, 0);
