@@ -21,3 +21,11 @@ pub fn command(place: &Place, program: &Path) -> Outcome<Command> {
     command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", folder.display()));
     Ok(command)
 }
+
+/// The last lines of a log that tell of an error, for a message.
+pub fn errors(log: &Path) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let errors: Vec<&str> = text.lines().filter(|line| line.to_lowercase().contains("error")).collect();
+    let last = &errors[errors.len().saturating_sub(3)..];
+    last.iter().map(|line| format!("\n{}: {line}", log.display())).collect()
+}

@@ -44,8 +44,8 @@ impl<'place> Containerd<'place> {
 
     /// Runs a command that must succeed; returns what it printed.
     pub fn run(&self, words: &[&str]) -> Outcome<String> {
-        let log = || last_errors(&self.place.path("containerd/log"));
-        programs::succeed(self.command()?.args(words)).map_err(|error| format!("{error}\n{}", log()))
+        let log = || client::errors(&self.place.path("containerd/log"));
+        programs::succeed(self.command()?.args(words)).map_err(|error| format!("{error}{}", log()))
     }
 
     /// Starts a container with the service, detached. `source` is an image, or `--rootfs` and a folder.
@@ -127,11 +127,4 @@ fn configured(folder: &Path) -> String {
          [grpc]\naddress = \"{folder}/socket\"\n[ttrpc]\naddress = \"{folder}/socket.ttrpc\"\n",
         without.join(", ")
     )
-}
-
-/// The errors that a log ends with, for a message.
-fn last_errors(log: &Path) -> String {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    let errors: Vec<&str> = text.lines().filter(|line| line.contains("level=error")).collect();
-    errors[errors.len().saturating_sub(3)..].join("\n")
 }

@@ -46,7 +46,15 @@ impl<'place> Podman<'place> {
 
     /// Runs a command that must succeed; returns what it printed.
     pub fn run(&self, words: &[&str]) -> Outcome<String> {
-        programs::succeed(self.command()?.args(words))
+        programs::succeed(self.command()?.args(words)).map_err(|error| format!("{error}{}", self.reasons()))
+    }
+
+    /// What the engine's logs say went wrong: runtimes only name the file.
+    fn reasons(&self) -> String {
+        let containers = std::fs::read_dir(self.place.path("podman/root/overlay-containers")).into_iter().flatten();
+        let folders = containers.flatten().map(|entry| entry.path().join("userdata"));
+        let logs = folders.flat_map(|folder| ["dump.log", "restore.log"].map(|name| folder.join(name)));
+        logs.map(|log| client::errors(&log)).collect()
     }
 
     /// Starts the container with a workload, detached.

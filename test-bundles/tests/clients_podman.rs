@@ -1,0 +1,102 @@
+//! Podman checkpoints and restores containers, with ferry as the OCI runtime and as the only `criu`.
+
+use ferry_test_bundles::podman::{NAME, Podman};
+use ferry_test_bundles::{Outcome, Place, processes, programs};
+use std::path::PathBuf;
+
+/// Every way that `podman container checkpoint` and `restore` work on a container in place.
+fn in_place(runtime: PathBuf) -> Outcome {
+    let place = Place::new()?;
+    let podman = Podman::new(&place, runtime)?;
+    podman.start("service", &[])?;
+    podman.is_well("its start")?;
+    let tree = processes::tree(podman.inspect()?.1);
+    podman.run(&["container", "checkpoint", "--leave-running", NAME])?;
+    podman.is_well("checkpoint --leave-running")?;
+    if processes::tree(podman.inspect()?.1) != tree {
+        return Err("the processes are others after checkpoint --leave-running".to_owned());
+    }
+    podman.checkpoint(&[])?;
+    let logged = podman.logged()?;
+    podman.restore(&[])?;
+    processes::wait_for("the log to go on", || podman.logged().is_ok_and(|now| now > logged))?;
+    statistics(&podman)?;
+    podman.end()
+}
+
+/// `--print-stats` prints JSON and nothing else, with times above zero; `--keep` keeps the images.
+fn statistics(podman: &Podman) -> Outcome {
+    let told = |text: String, time: &str| -> Outcome {
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| format!("{error} in {text}"))?;
+        let numbers = &value["container_statistics"][0]["criu_statistics"];
+        if numbers[time].as_u64().is_some_and(|time| time > 0) {
+            return Ok(());
+        }
+        Err(format!("no {time} in the statistics: {text}"))
+    };
+    told(podman.checkpoint(&["--keep", "--print-stats"])?, "frozen_time")?;
+    told(podman.restore(&["--keep", "--print-stats"])?, "restore_time")?;
+    let images = podman.images()?;
+    match images.join("inventory.img").exists() {
+        true => Ok(()),
+        false => Err(format!("--keep did not keep {}", images.display())),
+    }
+}
+
+/// Archives by every compression go into a store that does not know the container any more.
+fn archives(runtime: PathBuf) -> Outcome {
+    let place = Place::new()?;
+    let podman = Podman::new(&place, runtime)?;
+    podman.start("service", &[])?;
+    podman.run(&["exec", NAME, "sh", "-c", "echo kept > /etc/kept; rm /bin/grep; mkdir /var/new"])?;
+    let look = "cat /etc/kept; ls /bin/grep 2>&1; ls -d /var/new";
+    let seen = "kept\nls: /bin/grep: No such file or directory\n/var/new\n";
+    for compression in ["zstd", "gzip", "none"] {
+        let archive = place.path(&format!("{compression}.tar")).to_string_lossy().into_owned();
+        podman.checkpoint(&["--compress", compression, "--export", &archive])?;
+        podman.remove()?;
+        podman.restore(&["--import", &archive]).map_err(|error| format!("{compression}: {error}"))?;
+        let now = podman.run(&["exec", NAME, "sh", "-c", look])?;
+        if now != seen {
+            return Err(format!("{compression}: the root file system shows {now:?}, not {seen:?}"));
+        }
+    }
+    podman.end()
+}
+
+/// `--ignore-rootfs` leaves out what the container has written; `--file-locks` keeps its locks.
+fn without_files_with_locks(runtime: PathBuf) -> Outcome {
+    let place = Place::new()?;
+    let podman = Podman::new(&place, runtime)?;
+    podman.start("file_lock", &[])?;
+    podman.run(&["exec", NAME, "sh", "-c", "echo gone > /etc/gone"])?;
+    let archive = place.path("archive.tar").to_string_lossy().into_owned();
+    let refused = programs::run(podman.command()?.args(["container", "checkpoint", NAME]))?;
+    if refused.status.success() || !programs::said(&refused).contains("--file-locks") {
+        return Err(format!("a lock is no reason to refuse: {}", programs::said(&refused)));
+    }
+    podman.is_well("a refused checkpoint")?;
+    podman.checkpoint(&["--file-locks", "--ignore-rootfs", "--export", &archive])?;
+    podman.remove()?;
+    podman.restore(&["--file-locks", "--import", &archive])?;
+    let now = podman.run(&["exec", NAME, "sh", "-c", "ls /etc/gone 2>&1 || true"])?;
+    if !now.contains("No such file") {
+        return Err(format!("--ignore-rootfs did not: {now}"));
+    }
+    podman.end()
+}
+
+#[test]
+fn ferry_is_the_runtime_in_place() -> Outcome {
+    in_place(programs::ferry()?)
+}
+
+#[test]
+fn ferry_is_the_runtime_through_archives() -> Outcome {
+    archives(programs::ferry()?)
+}
+
+#[test]
+fn ferry_is_the_runtime_without_files_with_locks() -> Outcome {
+    without_files_with_locks(programs::ferry()?)
+}
