@@ -23,6 +23,7 @@ use crate::fault::{DumpStep, Edge, Faults, Interrupted, Point};
 use crate::files::FilesOptions;
 use crate::freeze::{FreezeError, StoppedTree};
 use crate::images::{Manifest, Sink, SinkError};
+use crate::journal::Journal;
 use crate::memory::pages::ProcessPages;
 use crate::namespaces::{CollectNamespacesError, DumpNamespacesError, NamespaceOptions};
 use crate::preflight;
@@ -67,6 +68,8 @@ pub struct DumpOptions {
     pub cancel: Cancel,
     /// What a test lets go wrong.
     pub faults: Faults,
+    /// Where the dump notes what somebody has to undo if ferry is killed.
+    pub journal: Option<Journal>,
 }
 
 impl DumpOptions {
@@ -97,6 +100,7 @@ impl Default for DumpOptions {
             namespaces: NamespaceOptions::default(),
             cancel: Cancel::default(),
             faults: Faults::default(),
+            journal: None,
             cgroups: CgroupOptions::default(),
         }
     }
@@ -170,7 +174,7 @@ pub enum DumpError {
     Freeze(FreezeError),
     /// The agent failed.
     #[error(transparent)]
-    Agent(#[from] AgentError),
+    Agent(AgentError),
     /// A task's state could not be read.
     #[error(transparent)]
     Task(#[from] TaskError),
@@ -206,6 +210,15 @@ impl From<FreezeError> for DumpError {
             FreezeError::Outsiders { refusals } => Self::Refused { refusals },
             FreezeError::Interrupted(interrupted) => Self::Interrupted(interrupted),
             error => Self::Freeze(error),
+        }
+    }
+}
+
+impl From<AgentError> for DumpError {
+    fn from(error: AgentError) -> Self {
+        match error {
+            AgentError::Interrupted(why) => Self::Interrupted(why),
+            error => Self::Agent(error),
         }
     }
 }
@@ -284,7 +297,7 @@ pub fn dump_telling(
         listening.unlock_network()?;
     }
     enter(DumpPhase::Finish, options, || match (stopped, options.after) {
-        (Some(tree), After::Kill) => end(tree),
+        (Some(tree), After::Kill) => end(tree, options),
         (Some(tree), After::Stop) => stop_for_good(tree),
         _ => Ok(()),
     })?;
@@ -342,7 +355,11 @@ fn save_memory(
 }
 
 /// Kills every process of the stopped tree and waits until all are gone, zombies for their parents aside.
-fn end(tree: StoppedTree) -> Result<(), DumpError> {
+fn end(tree: StoppedTree, options: &DumpOptions) -> Result<(), DumpError> {
+    if let Some(journal) = &options.journal {
+        let processes = tree.processes.iter().filter(|process| !process.is_zombie());
+        journal.ending(processes.map(|process| (process.pid, process.stat.start_time)));
+    }
     for process in tree.processes.iter().filter(|process| !process.is_zombie()) {
         match kill(Pid::from_raw(process.pid.0), Signal::SIGKILL) {
             Ok(()) | Err(nix::errno::Errno::ESRCH) => {}

@@ -13,6 +13,7 @@ pub mod file_tree;
 pub mod files;
 pub mod freeze;
 pub mod images;
+pub mod journal;
 pub mod memory;
 pub mod namespaces;
 pub mod preflight;

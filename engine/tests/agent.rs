@@ -1,7 +1,7 @@
 //! The agent in a real process: what it runs, and that it leaves no trace.
 
 use ferry_engine::agent::NODE;
-use ferry_engine::agent::inject::{Context, Injected, find_syscall_instruction};
+use ferry_engine::agent::inject::{Context, Injected, Overseer, find_syscall_instruction};
 use ferry_engine::sys::ptrace;
 use ferry_engine::sys::robust::RobustList;
 
@@ -18,7 +18,7 @@ fn runs_a_batch_and_leaves_no_trace() {
     let context = Context::collect(pid).expect("context");
     let at = find_syscall_instruction(pid, [vdso(pid)]).expect("a syscall instruction");
     let mut list = RobustList::install(NODE).expect("robust list");
-    let injected = Injected::new(pid, &context, at, 0, &mut list).expect("inject");
+    let injected = Injected::new(pid, &context, at, 0, &mut list, Overseer::default()).expect("inject");
 
     let mut batch = injected.leader().batch();
     let getpid = batch.call(libc::SYS_getpid, &[]);
@@ -66,7 +66,7 @@ fn the_task_runs_on_when_the_tracing_thread_dies() {
         let context = Context::collect(pid).expect("context");
         let at = find_syscall_instruction(pid, [vdso(pid)]).expect("a syscall instruction");
         let mut list = RobustList::install(NODE).expect("robust list");
-        let injected = Injected::new(pid, &context, at, 0, &mut list).expect("inject");
+        let injected = Injected::new(pid, &context, at, 0, &mut list, Overseer::default()).expect("inject");
         injected.leader().call(libc::SYS_getpid, &[]).expect("a call");
         // Neither the list nor the area is put right: as if ferry had been killed.
         std::mem::forget((list, injected));

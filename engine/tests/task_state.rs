@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use ferry_engine::agent::inject::{Context, Injected, find_syscall_instruction};
+use ferry_engine::agent::inject::{Context, Injected, Overseer, find_syscall_instruction};
 use ferry_engine::agent::{NODE, Runner};
 use ferry_engine::images::core::{CoreEntry, RlimitEntry, ThreadSasEntry};
 use ferry_engine::images::extension::{FerryTaskEntry, FerryThreadEntry};
@@ -50,7 +50,8 @@ impl Victim {
     /// Runs `work` with an agent in the process, which is taken out again.
     fn with_agent<T>(&mut self, work: impl FnOnce(&Runner) -> T) -> T {
         let at = find_syscall_instruction(self.pid, [vdso(self.pid)]).expect("an instruction");
-        let injected = Injected::new(self.pid, &self.context, at, 0, &mut self.list).expect("inject");
+        let injected =
+            Injected::new(self.pid, &self.context, at, 0, &mut self.list, Overseer::default()).expect("inject");
         let result = work(injected.leader());
         injected.leave().expect("leave");
         self.list.clear();

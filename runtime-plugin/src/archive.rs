@@ -8,6 +8,7 @@ use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use ferry_engine::images::{ArchiveSource, Spool};
+use ferry_engine::journal::Journal;
 use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::checkpoint::Compression;
@@ -26,23 +27,26 @@ const UNPACKED_LIMIT: u64 = 1 << 40;
 pub struct NewFile {
     path: PathBuf,
     partial: PathBuf,
+    journal: Journal,
     complete: bool,
 }
 
 impl NewFile {
-    /// Creates the file beside `path`, readable by its owner only: an archive holds the memory of a program.
+    /// Creates the file beside `path`, readable by its owner only: an archive holds the memory of a program. It is noted until it
+    /// is complete.
     ///
     /// # Errors
     /// When it cannot be created.
-    pub fn create(path: &Path) -> Result<(Self, File), Failure> {
+    pub fn create(path: &Path, journal: &Journal) -> Result<(Self, File), Failure> {
         let mut partial = path.as_os_str().to_owned();
         partial.push(format!(".{}.partial", std::process::id()));
         let partial = PathBuf::from(partial);
+        journal.path(&partial);
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(CWD, &partial, flags, Mode::from(0o600)).map_err(|error| {
             Failure::from(io::Error::from(error)).context(format!("cannot create {}", path.display()))
         })?;
-        Ok((Self { path: path.to_owned(), partial, complete: false }, file.into()))
+        Ok((Self { path: path.to_owned(), partial, journal: journal.clone(), complete: false }, file.into()))
     }
 
     /// Gives the file its name.
@@ -53,6 +57,7 @@ impl NewFile {
         fs::rename(&self.partial, &self.path)
             .map_err(|error| Failure::from(error).context(format!("cannot create {}", self.path.display())))?;
         self.complete = true;
+        self.journal.keep_paths();
         Ok(())
     }
 }

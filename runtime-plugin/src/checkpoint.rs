@@ -17,6 +17,7 @@ use serde_json::json;
 
 use crate::cli::Global;
 use crate::failure::{Failure, Outcome};
+use crate::guard::{self, Worker};
 use crate::lifecycle::{IdArgs, delete, print};
 use crate::logs;
 use crate::state::{Container, Owner, Status, runc};
@@ -163,6 +164,8 @@ pub struct Plan<'a> {
     pub work: Option<PathBuf>,
     /// What was asked for.
     pub args: &'a CheckpointArgs,
+    /// Who does it, and is watched over.
+    pub worker: &'a Worker,
 }
 
 /// What a dump did.
@@ -180,6 +183,10 @@ pub struct Summary {
 
 /// Saves the container.
 pub fn run(global: &Global, args: &CheckpointArgs) -> Outcome {
+    guard::run(|worker| save_container(global, args, worker))
+}
+
+fn save_container(global: &Global, args: &CheckpointArgs, worker: &Worker) -> Outcome {
     refuse("checkpoint", &later_flags(args))?;
     let container = Container::resolve(&global.root, &args.id.id)?;
     if !matches!(container.status, Status::Running | Status::Paused) {
@@ -190,7 +197,7 @@ pub fn run(global: &Global, args: &CheckpointArgs) -> Outcome {
     }
     let spec = container.spec()?;
     let destination = destination(args, &container.bundle);
-    let plan = Plan { container: &container, spec: &spec, destination, work: args.work_path.clone(), args };
+    let plan = Plan { container: &container, spec: &spec, destination, work: args.work_path.clone(), args, worker };
     let summary = save::dump_container(&plan)?;
     if !args.leave_running
         && let Err(left) = remove(&container)

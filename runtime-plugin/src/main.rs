@@ -21,6 +21,7 @@ mod failure;
 mod foreground;
 #[cfg(feature = "oci")]
 mod go_flags;
+mod guard;
 #[cfg(feature = "oci")]
 mod launch;
 #[cfg(feature = "oci")]

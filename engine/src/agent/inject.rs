@@ -1,5 +1,10 @@
 //! Bringing the runner into a stopped task, and out again.
 //!
+//! At each instant of this ferry may be killed, and the kernel then lets the thread run on with the registers that it has. Those
+//! are its own; or the runner's, which returns to its own; or they make it *park*: call pause(2) with all signals blocked,
+//! until the watcher of the dump ([`crate::journal`]) puts it right. The exceptions are the instants in which mmap(2) and munmap(2)
+//! themselves are in the call that the parked thread has entered: see `docs/freezing.md`, "If ferry dies".
+//!
 //! One injected mmap(2) makes the shared area; it goes through a `syscall` instruction that the task has already, so
 //! not a byte of its memory is changed. `/proc/PID/map_files` (`CAP_CHECKPOINT_RESTORE`, Linux 5.9) gives ferry the
 //! same memory.
@@ -14,6 +19,8 @@ use nix::errno::Errno;
 
 use super::arch::{self, Registers};
 use super::{AgentError, Area, Runner, watch};
+use crate::fault::{DumpStep, Interrupted};
+use crate::journal::{Changed, Journal, Place};
 use crate::sys::robust::RobustList;
 use crate::sys::shared::SharedMemory;
 use crate::sys::{HostPid, PAGE_SIZE, RemoteAddr, process_vm, ptrace};
@@ -44,12 +51,71 @@ impl Context {
             mask: ptrace::signal_mask(tid).map_err(failed("read its signal mask"))?,
         })
     }
+}
+
+/// Who looks on while agents go in and out.
+#[derive(Clone, Copy)]
+pub struct Overseer<'a> {
+    /// Where what is in tasks is noted.
+    pub journal: Option<&'a Journal>,
+    /// Passed between steps, and may give up.
+    pub pass: &'a dyn Fn(DumpStep) -> Result<(), Interrupted>,
+}
+
+impl Default for Overseer<'_> {
+    /// Nobody.
+    fn default() -> Self {
+        Self { journal: None, pass: &|_| Ok(()) }
+    }
+}
+
+/// A thread that is, or may be, other than itself.
+struct Taken {
+    tid: HostPid,
+    context: Context,
+    note: Option<Place>,
+}
+
+impl Taken {
+    fn take(tid: HostPid, context: &Context, overseer: &Overseer<'_>) -> Self {
+        let note = overseer.journal.and_then(|journal| journal.thread(tid, &context.registers, context.mask));
+        Self { tid, context: context.clone(), note }
+    }
+
+    /// Parks the thread, which is in a ptrace stop.
+    fn park(&self, at: RemoteAddr, overseer: &Overseer<'_>) -> Result<(), AgentError> {
+        self.noted(overseer, |journal, note| journal.changed(note, Changed::Mask));
+        park(self.tid, &self.context.registers, at, || {
+            self.noted(overseer, |journal, note| journal.changed(note, Changed::Registers));
+        })
+    }
 
     /// Puts the general registers and the signal mask back; the runner never touches the extended state.
-    fn put_back(&self, tid: HostPid) -> Result<(), AgentError> {
+    ///
+    /// A thread whose registers are the runner's gets its mask first, so that it is safe in between; a parked thread must keep
+    /// its signals blocked until it has its registers.
+    fn put_back(&self, parked: bool, overseer: &Overseer<'_>) -> Result<(), AgentError> {
+        let tid = self.tid;
         let failed = |step| move |errno| AgentError::Inject { tid, step, errno };
-        ptrace::set_registers(tid, &self.registers).map_err(failed("put back its registers"))?;
-        ptrace::set_signal_mask(tid, self.mask).map_err(failed("put back its signal mask"))
+        let mask = || ptrace::set_signal_mask(tid, self.context.mask).map_err(failed("put back its signal mask"));
+        let registers =
+            || ptrace::set_registers(tid, &self.context.registers).map_err(failed("put back its registers"));
+        if parked {
+            registers()?;
+            self.noted(overseer, |journal, note| journal.changed(note, Changed::Mask));
+            mask()?;
+        } else {
+            mask()?;
+            registers()?;
+        }
+        self.noted(overseer, Journal::forget);
+        Ok(())
+    }
+
+    fn noted(&self, overseer: &Overseer<'_>, tell: impl FnOnce(&Journal, Place)) {
+        if let Some((journal, note)) = overseer.journal.zip(self.note) {
+            tell(journal, note);
+        }
     }
 }
 
@@ -76,7 +142,55 @@ pub fn find_syscall_instruction(
     Err(AgentError::NoSyscallInstruction { tid })
 }
 
-/// Executes one system call in a thread that is in a ptrace stop, and leaves it in one.
+/// Makes a thread in a ptrace stop call pause(2) with all signals blocked, should it go on. `between` is called before its
+/// registers are set.
+pub(crate) fn park(
+    tid: HostPid,
+    base: &Registers,
+    syscall_at: RemoteAddr,
+    between: impl FnOnce(),
+) -> Result<(), AgentError> {
+    let failed = |step| move |errno| AgentError::Inject { tid, step, errno };
+    ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block its signals"))?;
+    between();
+    ptrace::set_registers(tid, &arch::parked_registers(base, syscall_at)).map_err(failed("set its registers"))
+}
+
+/// Executes one system call in a parked thread in a ptrace stop, and leaves it so.
+///
+/// It is the entry of pause(2) that becomes the call, and at its exit the thread is parked again.
+pub(crate) fn call_parked(
+    tid: HostPid,
+    syscall_at: RemoteAddr,
+    number: i64,
+    arguments: [u64; 6],
+) -> Result<u64, AgentError> {
+    let failed = |step| move |errno| AgentError::Inject { tid, step, errno };
+    to_next_edge(tid).map_err(failed("run a system call in it"))?;
+    let entry = ptrace::registers(tid).map_err(failed("read its registers"))?;
+    ptrace::set_registers(tid, &arch::call_registers(&entry, number, arguments))
+        .map_err(failed("set its registers"))?;
+    to_next_edge(tid).map_err(failed("run a system call in it"))?;
+    let after = ptrace::registers(tid).map_err(failed("read a system call's result"))?;
+    ptrace::set_registers(tid, &arch::parked_registers(&after, syscall_at)).map_err(failed("set its registers"))?;
+    match arch::call_result(&after) {
+        error @ -4095..0 => Err(AgentError::Call { tid, number, index: 0, errno: Errno::from_raw(-error as i32) }),
+        value => Ok(value as u64),
+    }
+}
+
+/// Lets a thread run to the entry or the exit of its system call.
+fn to_next_edge(tid: HostPid) -> nix::Result<()> {
+    loop {
+        ptrace::continue_to_syscall(tid)?;
+        // A task that SIGSTOP had stopped owes us one more stop, for our interrupt, before it gets to the call.
+        if matches!(ptrace::wait_stop(tid)?, ptrace::Stop::Signal(_)) {
+            return Ok(());
+        }
+    }
+}
+
+/// Executes one system call in a thread that is in a ptrace stop, and leaves it in one, parked.
 ///
 /// General registers and signal mask are the caller's to put back. All signals stay blocked meanwhile.
 pub fn call_once(
@@ -86,33 +200,24 @@ pub fn call_once(
     number: i64,
     arguments: [u64; 6],
 ) -> Result<u64, AgentError> {
-    let failed = |step| move |errno| AgentError::Inject { tid, step, errno };
-    ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block its signals"))?;
-    ptrace::set_registers(tid, &arch::call_registers(base, syscall_at, number, arguments))
-        .map_err(failed("set its registers"))?;
-    let mut passed = 0;
-    while passed < ["entry", "exit"].len() {
-        ptrace::continue_to_syscall(tid).map_err(failed("run a system call in it"))?;
-        // A task that SIGSTOP had stopped owes us one more stop, for our interrupt, before it gets to the call.
-        let stop = ptrace::wait_stop(tid).map_err(failed("await a system call in it"))?;
-        passed += usize::from(matches!(stop, ptrace::Stop::Signal(_)));
-    }
-    let after = ptrace::registers(tid).map_err(failed("read a system call's result"))?;
-    match arch::call_result(&after) {
-        error @ -4095..0 => Err(AgentError::Call { tid, number, index: 0, errno: Errno::from_raw(-error as i32) }),
-        value => Ok(value as u64),
-    }
+    park(tid, base, syscall_at, || ())?;
+    call_parked(tid, syscall_at, number, arguments)
 }
 
 /// The agents of one process: the leader's, and those of other threads where they were needed.
-pub struct Injected {
-    leader: HostPid,
+pub struct Injected<'a> {
+    overseer: Overseer<'a>,
     syscall_at: RemoteAddr,
-    area: Area,
-    runners: Vec<(Runner, Context)>,
+    /// The first is the leader, which is parked until its runner starts.
+    taken: Vec<Taken>,
+    runners: Vec<Runner>,
+    /// What is mapped, whether or not ferry has it too.
+    mapped: Option<std::ops::Range<u64>>,
+    area: Option<Area>,
+    note: Option<Place>,
 }
 
-impl Injected {
+impl<'a> Injected<'a> {
     /// Makes the shared area in the process of `leader`, which is in a ptrace stop with `context`, and starts the
     /// runner there. `threads` more may [`Self::enter`] later.
     ///
@@ -123,20 +228,37 @@ impl Injected {
         syscall_at: RemoteAddr,
         threads: usize,
         list: &mut RobustList,
+        overseer: Overseer<'a>,
     ) -> Result<Self, AgentError> {
         let len = (PAGE_SIZE as usize + LEADER_SLOT + threads * THREAD_SLOT) as u64;
+        let note = overseer.journal.and_then(|journal| journal.area(leader, len, syscall_at));
+        let taken = vec![Taken::take(leader, context, &overseer)];
+        let mut injected = Self { overseer, syscall_at, taken, runners: Vec::new(), mapped: None, area: None, note };
+        match injected.set_up(len, list) {
+            Ok(()) => Ok(injected),
+            Err(error) => {
+                // The first error is the one to tell.
+                let _ = injected.leave();
+                Err(error)
+            }
+        }
+    }
+
+    fn set_up(&mut self, len: u64, list: &mut RobustList) -> Result<(), AgentError> {
+        let leader = &self.taken[0];
+        leader.park(self.syscall_at, &self.overseer)?;
+        (self.overseer.pass)(DumpStep::Call)?;
         let protection = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64;
         let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
-        let mapped =
-            call_once(leader, &context.registers, syscall_at, libc::SYS_mmap, [0, len, protection, flags, u64::MAX, 0]);
-        let start = mapped.inspect_err(|_| drop(context.put_back(leader)))?;
-        let area = Self::open_area(leader, start, len).inspect_err(|_| {
-            let _ = call_once(leader, &context.registers, syscall_at, libc::SYS_munmap, [start, len, 0, 0, 0, 0]);
-            let _ = context.put_back(leader);
-        })?;
-        let mut injected = Self { leader, syscall_at, area, runners: Vec::with_capacity(threads + 1) };
-        injected.start(leader, context, LEADER_SLOT, list)?;
-        Ok(injected)
+        let arguments = [0, len, protection, flags, u64::MAX, 0];
+        let start = call_parked(leader.tid, self.syscall_at, libc::SYS_mmap, arguments)?;
+        self.mapped = Some(start..start + len);
+        if let Some((journal, note)) = self.overseer.journal.zip(self.note) {
+            journal.mapped(note, start);
+        }
+        (self.overseer.pass)(DumpStep::Area)?;
+        self.area = Some(Self::open_area(leader.tid, start, len)?);
+        self.start(0, LEADER_SLOT, list)
     }
 
     fn open_area(leader: HostPid, start: u64, len: u64) -> Result<Area, AgentError> {
@@ -152,15 +274,13 @@ impl Injected {
         Ok(Area::new(memory, RemoteAddr(start)))
     }
 
-    fn start(
-        &mut self,
-        tid: HostPid,
-        context: &Context,
-        slot_len: usize,
-        list: &mut RobustList,
-    ) -> Result<(), AgentError> {
+    /// Starts the runner in the taken thread `index`.
+    fn start(&mut self, index: usize, slot_len: usize, list: &mut RobustList) -> Result<(), AgentError> {
+        let Taken { tid, context, .. } = &self.taken[index];
+        let tid = *tid;
         let failed = |step| move |errno| AgentError::Inject { tid, step, errno };
-        let mut slot = self.area.slot(slot_len).ok_or(AgentError::Full { tid })?;
+        let area = self.area.as_mut().ok_or(AgentError::Full { tid })?;
+        let mut slot = area.slot(slot_len).ok_or(AgentError::Full { tid })?;
         slot.set_death_frame(arch::signal_frame_size(&context.xstate), |at| {
             // rt_sigreturn restarts nothing: an interrupted call has to be set up to be made again.
             let mut registers = context.registers;
@@ -168,33 +288,35 @@ impl Injected {
             arch::signal_frame(at, &registers, context.mask, &context.xstate)
         });
         watch(list, &slot);
-        let registers = arch::runner_registers(&context.registers, self.area.code(), slot.remote());
-        ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block its signals"))?;
+        let registers = arch::runner_registers(&context.registers, area.code(), slot.remote());
+        // In this order: with the runner's registers a thread is safe, whatever its mask.
         ptrace::set_registers(tid, &registers).map_err(failed("set its registers"))?;
+        ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block its signals"))?;
         ptrace::cont(tid).map_err(failed("start the agent in it"))?;
-        self.runners.push((Runner::new(tid, slot), context.clone()));
+        self.runners.push(Runner::new(tid, slot));
         Ok(())
     }
 
     /// Starts a runner in another thread of the process, which is in a ptrace stop with `context`.
     pub fn enter(&mut self, tid: HostPid, context: &Context, list: &mut RobustList) -> Result<&Runner, AgentError> {
-        self.start(tid, context, THREAD_SLOT, list)?;
-        Ok(&self.runners[self.runners.len() - 1].0)
+        self.taken.push(Taken::take(tid, context, &self.overseer));
+        self.start(self.taken.len() - 1, THREAD_SLOT, list)?;
+        Ok(&self.runners[self.runners.len() - 1])
     }
 
     /// The leader's runner.
     pub fn leader(&self) -> &Runner {
-        &self.runners[0].0
+        &self.runners[0]
     }
 
     /// All runners, the leader's first.
     pub fn runners(&self) -> impl Iterator<Item = &Runner> {
-        self.runners.iter().map(|(runner, _)| runner)
+        self.runners.iter()
     }
 
     /// Where the process sees the shared area, which is no memory of its own.
     pub fn range(&self) -> std::ops::Range<u64> {
-        self.area.range()
+        self.mapped.clone().unwrap_or_default()
     }
 
     /// Stops every thread, takes the area out and puts every context back. The threads are left in ptrace stops.
@@ -207,27 +329,42 @@ impl Injected {
                 first = result;
             }
         };
-        for (runner, _) in &self.runners {
+        for runner in &self.runners {
             let tid = runner.tid();
             let failed = |step| move |errno| AgentError::Inject { tid, step, errno };
             note(ptrace::interrupt(tid).map_err(failed("stop the agent in it")));
         }
-        for (runner, context) in self.runners.iter().rev() {
+        let mut alive = vec![true; self.taken.len()];
+        for (alive, runner) in alive.iter_mut().zip(&self.runners) {
             let tid = runner.tid();
             let failed = |step| move |errno| AgentError::Inject { tid, step, errno };
             let stopped = ptrace::wait_stop(tid).map_err(failed("await the agent's stop")).map(drop);
-            let alive = stopped.is_ok();
+            *alive = stopped.is_ok();
             note(stopped);
-            if !alive {
-                continue;
-            }
-            if tid == self.leader {
-                let range = self.area.range();
-                let arguments = [range.start, range.end - range.start, 0, 0, 0, 0];
-                note(call_once(tid, &context.registers, self.syscall_at, libc::SYS_munmap, arguments).map(drop));
-            }
-            note(context.put_back(tid));
+        }
+        note((self.overseer.pass)(DumpStep::Leave).map_err(Into::into));
+        // The leader last, so that whatever a thread has not got back yet is in the area until then.
+        for (_, thread) in alive.iter().zip(&self.taken).skip(1).filter(|(alive, _)| **alive) {
+            note(thread.put_back(false, &self.overseer));
+        }
+        let leader = &self.taken[0];
+        if alive[0] {
+            note(self.take_out(leader));
+            note(leader.put_back(true, &self.overseer));
+        }
+        if let Some((journal, area)) = self.overseer.journal.zip(self.note) {
+            journal.forget(area);
         }
         first
+    }
+
+    /// Parks the leader and has it unmap the area, if there is one.
+    fn take_out(&self, leader: &Taken) -> Result<(), AgentError> {
+        leader.park(self.syscall_at, &self.overseer)?;
+        let Some(range) = &self.mapped else { return Ok(()) };
+        let passed = (self.overseer.pass)(DumpStep::Unmap);
+        let arguments = [range.start, range.end - range.start, 0, 0, 0, 0];
+        call_parked(leader.tid, self.syscall_at, libc::SYS_munmap, arguments)?;
+        Ok(passed?)
     }
 }

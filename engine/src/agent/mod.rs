@@ -14,6 +14,7 @@
 pub mod arch;
 mod batch;
 pub mod inject;
+pub(crate) mod recover;
 mod slot;
 
 use std::os::fd::AsFd;
@@ -25,6 +26,7 @@ use nix::errno::Errno;
 pub use batch::{Answers, Batch, Call, Out, Pending, Runner};
 pub use slot::{NODE, Slot};
 
+use crate::fault::Interrupted;
 use crate::sys::robust::RobustList;
 use crate::sys::shared::SharedMemory;
 use crate::sys::{HostPid, PAGE_SIZE, RemoteAddr};
@@ -60,6 +62,9 @@ pub enum AgentError {
         /// The kernel's answer.
         errno: Errno,
     },
+    /// It was given up.
+    #[error(transparent)]
+    Interrupted(#[from] Interrupted),
     /// The batch is larger than the slot.
     #[error("task {tid}: a batch of system calls does not fit its slot")]
     Full {

@@ -5,7 +5,7 @@
 
 use std::io;
 
-use crate::agent::inject::{Context, Injected, find_syscall_instruction};
+use crate::agent::inject::{Context, Injected, Overseer, find_syscall_instruction};
 use crate::agent::{Call, Pending};
 use crate::cgroups::CgroupSets;
 use crate::error::Refusal;
@@ -282,7 +282,9 @@ impl Collector<'_> {
         let at = find_syscall_instruction(task.pid, code.into_iter().map(|mapping| mapping.range.clone()))?;
         let contexts: Vec<(HostPid, &Context)> =
             process.threads.iter().map(|thread| (thread.tid, &thread.context)).collect();
-        let mut agents = Injected::new(task.pid, contexts[0].1, at, contexts.len() - 1, self.list)?;
+        let pass = |step| self.options.step(step);
+        let overseer = Overseer { journal: self.options.journal.as_ref(), pass: &pass };
+        let mut agents = Injected::new(task.pid, contexts[0].1, at, contexts.len() - 1, self.list, overseer)?;
         let result = ask_all(&mut agents, &contexts, outside, outsides, self.list, self.options);
         let left = agents.leave();
         self.list.clear();
@@ -317,7 +319,7 @@ impl Collector<'_> {
 
 /// One batch for each thread; the leader's also asks for what the process shares.
 fn ask_all(
-    agents: &mut Injected,
+    agents: &mut Injected<'_>,
     contexts: &[(HostPid, &Context)],
     outside: ProcessOutside,
     outsides: Vec<ThreadOutside>,

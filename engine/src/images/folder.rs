@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags};
@@ -19,6 +19,7 @@ use super::copy::{copy_into_file, default_threads};
 use super::manifest::{MANIFEST_NAME, Manifest};
 use super::sink::{Ledger, Sink, SinkError, chunked_digest, is_flat_name, record_digest, write_error};
 use super::source::{RawRegion, Source, SourceError};
+use crate::journal::Journal;
 
 /// How a folder is written.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +44,8 @@ pub struct FolderSink {
     ledger: Ledger,
     /// Names of files made by this sink while the set is incomplete.
     made: Vec<String>,
+    /// Where they are noted too, with the path of the folder.
+    journal: Option<(Journal, PathBuf)>,
 }
 
 /// The manifest until it is whole. Not a name that an image may have.
@@ -62,7 +65,21 @@ impl FolderSink {
 
     /// Uses an open folder. Nothing in it is changed before the first image is written.
     pub fn new(folder: OwnedFd, options: FolderOptions) -> Self {
-        Self { folder, options, ledger: Ledger::default(), made: Vec::new() }
+        Self { folder, options, ledger: Ledger::default(), made: Vec::new(), journal: None }
+    }
+
+    /// Has the images noted in `journal` until the set is complete, so that somebody else can remove them if ferry is killed. `path` is
+    /// the folder's.
+    #[must_use]
+    pub fn noted_in(mut self, journal: Option<Journal>, path: &Path) -> Self {
+        self.journal = journal.map(|journal| (journal, path.to_owned()));
+        self
+    }
+
+    fn note(&self, name: &str) {
+        if let Some((journal, folder)) = &self.journal {
+            journal.path(&folder.join(name));
+        }
     }
 
     fn create(&mut self, name: &str) -> Result<File, SinkError> {
@@ -70,6 +87,7 @@ impl FolderSink {
         if self.made.is_empty() {
             remove(&self.folder, MANIFEST_NAME).map_err(|source| write_error(MANIFEST_NAME, source.into()))?;
         }
+        self.note(name);
         let file = remove(&self.folder, name)
             .and_then(|()| rustix::fs::openat(&self.folder, name, flags, Mode::RUSR | Mode::WUSR))
             .map_err(|source| SinkError::Create { name: name.to_owned(), source: source.into() })?;
@@ -176,11 +194,15 @@ impl Sink for FolderSink {
     fn finish(&mut self, manifest: Manifest) -> Result<Manifest, SinkError> {
         let (manifest, bytes) = self.ledger.close(manifest)?;
         self.write(UNFINISHED, &bytes)?;
+        self.note(MANIFEST_NAME);
         rustix::fs::renameat(&self.folder, UNFINISHED, &self.folder, MANIFEST_NAME)
             .map_err(io::Error::from)
             .and_then(|()| self.sync(&self.folder))
             .map_err(|source| write_error(MANIFEST_NAME, source))?;
         self.made.clear();
+        if let Some((journal, _)) = &self.journal {
+            journal.keep_paths();
+        }
         Ok(manifest)
     }
 }

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)] // ptrace takes untyped pointers; each request's layout is fixed here.
 
 use std::mem::{self, MaybeUninit};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -135,6 +136,23 @@ pub fn poll_interrupted(tid: HostPid) -> nix::Result<Option<Stop>> {
     }
 }
 
+/// As [`wait_interrupted`], until `deadline`.
+///
+/// # Errors
+/// `ESRCH` when the thread died instead, `ETIMEDOUT` when it did not stop in time.
+pub fn wait_interrupted_until(tid: HostPid, deadline: Instant) -> nix::Result<Stop> {
+    loop {
+        match waitpid(Pid::from_raw(tid.0), Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG))? {
+            WaitStatus::StillAlive if Instant::now() > deadline => return Err(Errno::ETIMEDOUT),
+            WaitStatus::StillAlive => std::thread::sleep(Duration::from_micros(50)),
+            status => match stop_of(status)? {
+                Stop::Signal(signal) => drop(request(libc::PTRACE_CONT as _, tid, 0, signal as usize)?),
+                stop => return Ok(stop),
+            },
+        }
+    }
+}
+
 /// Waits until every one of these traced threads, which have been killed, has ended.
 ///
 /// In no order, since they wait for each other: a leader's end is told when its other threads have been waited for, and the last
@@ -148,7 +166,7 @@ pub fn reap(mut tids: Vec<HostPid>) {
             !matches!(status, Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(_))
         });
         if tids.len() == before {
-            std::thread::sleep(std::time::Duration::from_micros(100));
+            std::thread::sleep(Duration::from_micros(100));
         }
     }
 }

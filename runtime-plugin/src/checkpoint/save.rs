@@ -27,7 +27,7 @@ pub fn dump_container(plan: &Plan) -> Result<Summary, Failure> {
     let (dumped, size) = match &plan.destination {
         Destination::Folder(folder) => into_folder(plan, pid, &options, folder)?,
         Destination::Archive(path, method) => {
-            let (new, file) = NewFile::create(path)?;
+            let (new, file) = NewFile::create(path, &plan.worker.journal)?;
             let done = into_archive(plan, pid, &options, file, *method)?;
             new.finish()?;
             done
@@ -46,6 +46,7 @@ fn options(plan: &Plan, pid: i32) -> Result<DumpOptions, Failure> {
         faults: Faults::new(plan.args.fault.iter().copied()),
         ..DumpOptions::default()
     };
+    plan.worker.oversee(&mut options);
     options.files.file_locks = plan.args.file_locks;
     options.files.outside_stdio = true;
     let key = |path: &Path| path.display().to_string();
@@ -71,10 +72,13 @@ fn options(plan: &Plan, pid: i32) -> Result<DumpOptions, Failure> {
 
 fn into_folder(plan: &Plan, pid: i32, options: &DumpOptions, folder: &Path) -> Result<(Dumped, u64), Failure> {
     let made = !folder.exists();
+    if made {
+        plan.worker.journal.path(folder);
+    }
     fs::create_dir_all(folder).map_err(cannot_write(folder))?;
     let stdio = stdio_json(pid);
     let result = (|| {
-        let mut sink = FolderSink::open(folder, FolderOptions::default())?;
+        let mut sink = FolderSink::open(folder, FolderOptions::default())?.noted_in(options.journal.clone(), folder);
         let dumped = dump(HostPid(pid), &mut sink, options).map_err(explain)?;
         let work = plan.work.as_deref().unwrap_or(folder);
         fs::create_dir_all(work).map_err(cannot_write(work))?;

@@ -12,12 +12,15 @@ use super::listen::{Client, Listeners};
 use super::options::Options;
 use super::{freezer, images_dir, parse_size, work_dir, write_new};
 use crate::failure::Failure;
+use crate::guard::Worker;
 
-/// Dumps the tree; `client` is told of stages, besides action scripts.
-pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<(), Failure> {
+/// Dumps the tree; `client` is told of stages, besides action scripts. It is the work of `worker`, which is watched over.
+pub fn run(options: &Options, client: Option<&dyn Client>, worker: &Worker) -> Result<(), Failure> {
     let pid = options.tree.ok_or_else(|| Failure::new("dump needs --tree PID, the root of the process tree"))?;
-    let dump_options = dump_options(options)?;
-    let mut sink = FolderSink::open(images_dir(options), FolderOptions::default())?;
+    let mut dump_options = dump_options(options)?;
+    worker.oversee(&mut dump_options);
+    let folder = images_dir(options);
+    let mut sink = FolderSink::open(folder, FolderOptions::default())?.noted_in(dump_options.journal.clone(), folder);
     let dumped = dump_telling(HostPid(pid), &mut sink, &dump_options, &mut Listeners::new(options, client)).map_err(
         |error| match error {
             DumpError::Freeze(FreezeError::NoProcess { .. }) => Failure::from(error).with_errno(libc::ESRCH),

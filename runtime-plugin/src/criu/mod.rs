@@ -24,6 +24,7 @@ use ferry_engine::fault::Point;
 use options::{Options, parse_size};
 
 use crate::failure::{Failure, Outcome};
+use crate::guard;
 
 /// The CRIU release whose command line, protocol and image format this face follows.
 const CRIU_VERSION: &str = "4.2";
@@ -85,10 +86,9 @@ fn run(options: &Options) -> Outcome {
                 return Err(Failure::new(format!("ferry does not support {} yet", unsupported.join(", "))));
             }
             if command == "dump" {
-                dump::run(options, None)?;
-            } else {
-                restore::run(options, None)?;
+                return guard::run(|worker| dump::run(options, None, worker).map(|()| ExitCode::SUCCESS));
             }
+            restore::run(options, None)?;
             Ok(ExitCode::SUCCESS)
         }
         "check" => check(options),

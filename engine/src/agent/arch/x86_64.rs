@@ -41,6 +41,9 @@ global_asm!(
     "mov r13, qword ptr [r15 + 16]",
     "4: test r13, r13",
     "jz 7f",
+    // Not one call more when ferry is dead: its tracing held the task's seccomp filters back.
+    "test dword ptr [r15], 0x40000000",
+    "jnz 8f",
     "mov rax, qword ptr [r12]",
     "mov rdi, qword ptr [r12 + 8]",
     "mov rsi, qword ptr [r12 + 16]",
@@ -73,6 +76,8 @@ global_asm!(
     "9: mov dword ptr [rcx], eax",
     "jmp 6b",
     "7: mov dword ptr [r15 + 4], 0",
+    "test dword ptr [r15], 0x40000000",
+    "jnz 8f",
     "lea rdi, [r15 + 4]",
     "mov esi, 1",
     "mov edx, 1",
@@ -105,26 +110,49 @@ pub fn runner_code() -> &'static [u8] {
     }
 }
 
-/// The registers that make a thread at any stop execute `number(arguments)` at the `syscall` instruction at `at`.
-pub fn call_registers(base: &Registers, at: RemoteAddr, number: i64, arguments: [u64; 6]) -> Registers {
+/// The registers that make a thread at any stop execute pause(2) at the `syscall` instruction at `at`, and wait there for ever
+/// while its signals are blocked.
+pub fn parked_registers(base: &Registers, at: RemoteAddr) -> Registers {
+    // No interrupted system call is to be restarted over these registers.
+    Registers { rip: at.0, rax: libc::SYS_pause as u64, orig_rax: u64::MAX, ..*base }
+}
+
+/// Whether a stopped thread has [`parked_registers`], or is in the call that they make.
+pub fn is_parked(registers: &Registers, at: RemoteAddr) -> bool {
+    let pause = libc::SYS_pause as u64;
+    (registers.rip == at.0 && registers.rax == pause)
+        || (registers.rip == at.0 + SYSCALL_INSTRUCTION.len() as u64 && registers.orig_rax == pause)
+}
+
+/// The registers at the entry of a system call that make the kernel execute `number(arguments)` instead.
+pub fn call_registers(at_entry: &Registers, number: i64, arguments: [u64; 6]) -> Registers {
     Registers {
-        rip: at.0,
-        rax: number as u64,
-        // No interrupted system call is to be restarted over these registers.
-        orig_rax: u64::MAX,
+        orig_rax: number as u64,
         rdi: arguments[0],
         rsi: arguments[1],
         rdx: arguments[2],
         r10: arguments[3],
         r8: arguments[4],
         r9: arguments[5],
-        ..*base
+        ..*at_entry
     }
 }
 
 /// The registers that start a thread in the runner at `code` with its slot at `slot`.
 pub fn runner_registers(base: &Registers, code: RemoteAddr, slot: RemoteAddr) -> Registers {
     Registers { rip: code.0, r15: slot.0, orig_rax: u64::MAX, ..*base }
+}
+
+/// General registers as bytes.
+pub fn to_bytes(registers: &Registers) -> [u8; size_of::<Registers>()] {
+    // SAFETY: a structure of integers of one size, without padding, is bytes; their number is the same.
+    unsafe { std::mem::transmute(*registers) }
+}
+
+/// General registers from the bytes that [`to_bytes`] gave.
+pub fn from_bytes(bytes: &[u8; size_of::<Registers>()]) -> Registers {
+    // SAFETY: every value is one of a structure of integers; the number of bytes is the same.
+    unsafe { std::mem::transmute(*bytes) }
 }
 
 /// A system call's result at its exit stop.

@@ -17,6 +17,7 @@ use super::peer::Peer;
 use super::request::{Prepared, prepare};
 use crate::criu::{dump, log, restore, work_dir};
 use crate::failure::Failure;
+use crate::guard::{self, Side, Worker};
 
 /// The release that this protocol follows, as numbers.
 const VERSION: (i32, i32, i32) = (4, 2, 0);
@@ -129,7 +130,23 @@ impl Session {
         self.send(&failed(kind, failure))
     }
 
+    /// Dumps, in a process of its own that also answers; this one answers only if that is killed.
     fn dump(&self, asked: &RequestOptions) -> ExitCode {
+        let failure = match guard::split() {
+            Ok(Side::Worker(worker)) => return self.dump_watched(asked, &worker),
+            Ok(Side::Watcher(end)) => match end.outcome() {
+                Ok(status) => return status,
+                Err(failure) => failure,
+            },
+            Err(failure) => failure,
+        };
+        tracing::error!("{failure}");
+        let answer = failed(RequestType::Dump, &failure);
+        self.send(&Answer { dump: Some(DumpAnswer { restored: Some(false) }), ..answer });
+        ExitCode::FAILURE
+    }
+
+    fn dump_watched(&self, asked: &RequestOptions, worker: &Worker) -> ExitCode {
         let prepared = prepare(RequestType::Dump, asked, &self.peer);
         let root = asked.pid;
         let done = prepared.and_then(|prepared| {
@@ -137,7 +154,7 @@ impl Session {
             Self::may_go_on(&prepared)?;
             self.peer.may_dump(prepared.root())?;
             let listener = Listener::new(&self.connection, &self.peer, prepared.notify, prepared.root());
-            dump::run(&prepared.options, Some(&listener))
+            dump::run(&prepared.options, Some(&listener), worker)
         });
         let answer = match &done {
             // A client that was dumped itself, and ended, hears that it was when it is restored.

@@ -1,0 +1,128 @@
+//! Putting the tasks right whose ferry was killed while agents were in them.
+//!
+//! A runner whose ferry dies returns by itself to what its thread was doing; a parked thread ([`super::inject`]) waits in
+//! pause(2) with its signals blocked; and either leaves the area mapped. Every thread is stopped once more: one that is
+//! not its own self yet gets its noted registers and mask back, as a dump would have given them. Then one of them unmaps the area.
+//!
+//! Nothing waits without end: a thread that does not stop, because it is frozen or in uninterruptible sleep, is left to its
+//! runner, which wakes with it.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::arch;
+use super::inject::call_once;
+use crate::journal::{AreaNote, Changed, ThreadNote};
+use crate::procfs;
+use crate::sys::ptrace;
+use crate::sys::{HostPid, RemoteAddr};
+
+/// How long the threads of one process are waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What could not be put right.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the fields are what the sentences name")]
+pub(crate) enum RecoverError {
+    #[error("its threads cannot be listed: {0}")]
+    List(std::io::Error),
+    #[error("thread {tid} cannot be stopped: {errno}")]
+    Stop { tid: HostPid, errno: Errno },
+    #[error("thread {tid} cannot be given its registers back: {errno}")]
+    Registers { tid: HostPid, errno: Errno },
+    #[error("{} bytes of ferry's memory cannot be unmapped at {:x}: {source}", .range.end - .range.start, .range.start)]
+    Unmap { range: std::ops::Range<u64>, source: super::AgentError },
+}
+
+/// Puts one process right.
+pub(crate) fn recover(area: &AreaNote, notes: &[ThreadNote]) -> Result<(), RecoverError> {
+    let mut stopped = Stopped(Vec::new());
+    let deadline = Instant::now() + PATIENCE;
+    for tid in procfs::threads(area.leader).map_err(RecoverError::List)? {
+        match stop(tid, deadline) {
+            Ok(()) => stopped.0.push(tid),
+            // It has ended, or is ending.
+            Err(Errno::ESRCH) => {}
+            Err(errno) => return Err(RecoverError::Stop { tid, errno }),
+        }
+    }
+    for note in notes.iter().filter(|note| stopped.0.contains(&note.tid)) {
+        let failed = |errno| RecoverError::Registers { tid: note.tid, errno };
+        put_right(area, note).map_err(failed)?;
+    }
+    // A leader that has exited while its threads run on runs nothing any more.
+    match stopped.0.iter().find(|tid| !is_zombie(**tid)) {
+        Some(tid) if is_mapped(area) => {
+            unmap(*tid, area).map_err(|source| RecoverError::Unmap { range: area.range.clone(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn stop(tid: HostPid, deadline: Instant) -> nix::Result<()> {
+    loop {
+        match ptrace::seize(tid, ptrace::OPTION_SUSPEND_SECCOMP) {
+            // The kernel has not yet let go of it in the name of the process that was killed.
+            Err(Errno::EPERM) if Instant::now() < deadline && !is_zombie(tid) => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(Errno::EPERM) => return Err(if is_zombie(tid) { Errno::ESRCH } else { Errno::EPERM }),
+            result => break result?,
+        }
+    }
+    ptrace::interrupt(tid)?;
+    ptrace::wait_interrupted_until(tid, deadline).map(drop)
+}
+
+fn is_zombie(tid: HostPid) -> bool {
+    procfs::Stat::read(tid).map_or(true, |stat| matches!(stat.state, 'Z' | 'X'))
+}
+
+/// Gives a thread back what it was noted with, if it is not its own self.
+fn put_right(area: &AreaNote, note: &ThreadNote) -> nix::Result<()> {
+    if note.changed == Changed::Registers {
+        let now = ptrace::registers(note.tid)?;
+        let in_runner = area.range.contains(&now.rip);
+        if !in_runner && !arch::is_parked(&now, area.syscall_at) {
+            // Its runner has returned, with the mask.
+            return Ok(());
+        }
+        ptrace::set_registers(note.tid, &note.registers)?;
+    }
+    ptrace::set_signal_mask(note.tid, note.mask)
+}
+
+/// Whether the area is there: the process may have called execve(2) since.
+fn is_mapped(area: &AreaNote) -> bool {
+    if area.range.start == 0 {
+        return false;
+    }
+    let line = format!("{:08x}-{:08x} rwxs ", area.range.start, area.range.end);
+    std::fs::read_to_string(format!("/proc/{}/maps", area.leader))
+        .is_ok_and(|maps| maps.lines().any(|it| it.starts_with(&line)))
+}
+
+fn unmap(tid: HostPid, area: &AreaNote) -> Result<(), super::AgentError> {
+    let failed = |step| move |errno| super::AgentError::Inject { tid, step, errno };
+    let registers = ptrace::registers(tid).map_err(failed("read its registers"))?;
+    let mask = ptrace::signal_mask(tid).map_err(failed("read its signal mask"))?;
+    let at: RemoteAddr = area.syscall_at;
+    let arguments = [area.range.start, area.range.end - area.range.start, 0, 0, 0, 0];
+    let called = call_once(tid, &registers, at, libc::SYS_munmap, arguments);
+    let back = ptrace::set_registers(tid, &registers).and_then(|()| ptrace::set_signal_mask(tid, mask));
+    called.map(drop)?;
+    back.map_err(failed("put back its registers"))
+}
+
+/// Threads that are let go in any case.
+struct Stopped(Vec<HostPid>);
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        for tid in &self.0 {
+            // One that has ended meanwhile needs no detaching.
+            let _ = ptrace::detach(*tid, 0);
+        }
+    }
+}
