@@ -5,7 +5,8 @@ PREFIX ?= /usr/local
 # The profile that `make demo` builds and shows: dev, which the tests build too, or release.
 PROFILE ?= dev
 TARGET := $(or $(CARGO_TARGET_DIR),target)
-FERRY := $(TARGET)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/ferry
+FERRY = $(TARGET)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/ferry
+SHARE = $(DESTDIR)$(PREFIX)/share
 
 .PHONY: all demo test check bench install packages-build packages-test
 
@@ -33,10 +34,15 @@ bench: packages-test
 	$(CARGO) build --release -p ferry -p ferry-test-bundles
 	$(CARGO) bench -p ferry-test-bundles --bench round_trip
 
-# Two names for one program: called as `criu` it speaks CRIU's command line.
-install: all
-	install -D -m 755 $(TARGET)/release/ferry $(DESTDIR)$(PREFIX)/bin/ferry
+# Two names for one program: called as `criu` it speaks CRIU's command line. The program itself writes what its man pages and
+# completions say.
+install: PROFILE = release
+install: packages-build
+	$(CARGO) build --profile $(PROFILE) -p ferry
+	install -D -m 755 $(FERRY) $(DESTDIR)$(PREFIX)/bin/ferry
 	ln -sf ferry $(DESTDIR)$(PREFIX)/bin/criu
+	env -u XDG_RUNTIME_DIR $(FERRY) generate man $(SHARE)/man/man8
+	env -u XDG_RUNTIME_DIR $(FERRY) generate completions $(SHARE)
 
 packages-build:
 	.ci/packages build

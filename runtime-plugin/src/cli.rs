@@ -8,6 +8,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::failure::{Failure, Outcome};
+use crate::generate::{self, GenerateArgs};
 use crate::go_flags;
 use crate::lifecycle::{
     IdArgs, create, delete, events, exec, features, kill, list, pause, ps, spec, start, state, update,
@@ -87,6 +88,9 @@ enum Command {
     Spec(spec::SpecArgs),
     /// Print what this runtime can do.
     Features,
+    /// Write man pages or completions, for `make install`.
+    #[command(hide = true)]
+    Generate(GenerateArgs),
 }
 
 /// State lives under `/run/ferry`, or in the caller's runtime directory when that is not root's.
@@ -137,6 +141,7 @@ fn run(line: CommandLine) -> Outcome {
         Command::Restore(args) => restore::run(global, args),
         Command::Spec(args) => spec::run(args),
         Command::Features => features::run(),
+        Command::Generate(args) => generate::run(args, CommandLine::command()),
     }
 }
 

@@ -20,6 +20,8 @@ mod failure;
 #[cfg(feature = "oci")]
 mod foreground;
 #[cfg(feature = "oci")]
+mod generate;
+#[cfg(feature = "oci")]
 mod go_flags;
 mod guard;
 #[cfg(feature = "oci")]

@@ -46,6 +46,12 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     }
 }
 
+/// What clap knows of this command line.
+#[cfg(feature = "oci")]
+pub fn definition() -> clap::Command {
+    <Options as clap::CommandFactory>::command()
+}
+
 /// The options of a command line and of the configuration files before it; the status to exit with when there are none.
 fn options(mut args: Vec<OsString>) -> Result<Options, ExitCode> {
     args.drain(..args.len().min(1));
