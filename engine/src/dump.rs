@@ -5,6 +5,7 @@
 //! ([`crate::agent`], [`crate::freeze`]).
 
 mod collect;
+mod memory;
 mod records;
 mod stages;
 
@@ -24,7 +25,8 @@ use crate::files::FilesOptions;
 use crate::freeze::{FreezeError, StoppedTree};
 use crate::images::{Manifest, Sink, SinkError};
 use crate::journal::Journal;
-use crate::memory::pages::ProcessPages;
+use crate::memory::reader::{PageReader, ReadPagesError};
+use crate::memory::staging::Staging;
 use crate::namespaces::{CollectNamespacesError, DumpNamespacesError, NamespaceOptions};
 use crate::preflight;
 use crate::sys::robust::RobustList;
@@ -47,6 +49,11 @@ pub enum After {
     Stop,
 }
 
+/// Enough for small processes, whose pause is short otherwise. Preparing the memory costs as much as writing to it: for much
+/// more than this, a dump takes twice as long (measured: 64 MiB in 290 ms instead of 150 ms where memory has to be had from
+/// the hypervisor first).
+const DEFAULT_STAGING: u64 = 32 << 20;
+
 /// How to dump.
 #[derive(Clone, Debug)]
 pub struct DumpOptions {
@@ -56,6 +63,8 @@ pub struct DumpOptions {
     pub shell_job: bool,
     /// How long stopping the tree may take.
     pub freeze_deadline: Duration,
+    /// Most bytes of memory that may be used to let a tree that runs on go before its pages are written.
+    pub staging: u64,
     /// The cgroup to freeze while the tree is stopped.
     pub freezer: Option<ferry_cgroup::Freezer>,
     /// Descriptors.
@@ -95,6 +104,7 @@ impl Default for DumpOptions {
             after: After::Kill,
             shell_job: false,
             freeze_deadline: Duration::from_secs(10),
+            staging: DEFAULT_STAGING,
             freezer: None,
             files: FilesOptions::default(),
             namespaces: NamespaceOptions::default(),
@@ -117,11 +127,11 @@ pub enum DumpPhase {
     Collect,
     /// What preflight could not see; the last point to refuse.
     Recheck,
-    /// Pages, and the content of file systems in memory, written to the sink.
+    /// Pages copied, or written to the sink; what file systems in memory hold.
     Memory,
     /// The tree let go, if it is to run on.
     Release,
-    /// Records written to the sink, the manifest last.
+    /// Copied pages and records written to the sink, the manifest last.
     Save,
     /// The tree ended or stopped, if it is not to run on.
     Finish,
@@ -156,8 +166,10 @@ pub struct Dumped {
     pub freezing: Duration,
     /// Time that the tree was stopped, as far as it ran on or was ended.
     pub frozen: Duration,
-    /// Time that reading and writing its memory took.
+    /// Time that its memory took while it was stopped.
     pub memory: Duration,
+    /// Time that writing copied memory took when it ran on.
+    pub memory_writing: Duration,
     /// The manifest, with the size and digest of every image.
     pub manifest: Option<Manifest>,
 }
@@ -178,6 +190,9 @@ pub enum DumpError {
     /// A task's state could not be read.
     #[error(transparent)]
     Task(#[from] TaskError),
+    /// The pages of a process could not be read.
+    #[error(transparent)]
+    Pages(#[from] ReadPagesError),
     /// Namespaces could not be read.
     #[error(transparent)]
     Namespaces(#[from] CollectNamespacesError),
@@ -252,12 +267,15 @@ pub fn dump_telling(
     // Before what is stopped, so that it is dropped after it.
     let mut listening = Listening::new(listener, root);
     listening.reached(DumpStage::PreDump)?;
-    let surroundings = enter(DumpPhase::Preflight, &options, || {
-        let (refusals, surroundings) = preflight::look(root, &options)?;
+    let (reader, surroundings) = enter(DumpPhase::Preflight, &options, || {
+        let outlook = preflight::look(root, &options)?;
         if !listening.names_external() {
-            refuse(refusals)?;
+            refuse(outlook.refusals)?;
         }
-        Ok(surroundings)
+        let runs_on = options.after == After::Run;
+        let room = if runs_on { Staging::prepare(outlook.memory, options.staging) } else { Staging::default() };
+        let reader = PageReader::start(room).map_err(DumpError::read(root, "memory"))?;
+        Ok((reader, outlook.surroundings))
     })?;
     let start = Instant::now();
     let mut stopped = enter(DumpPhase::Freeze, &options, || Ok(StoppedTree::stop(root, &options, &surroundings)?))?;
@@ -271,11 +289,11 @@ pub fn dump_telling(
             step: "have the kernel watch over the agents",
             errno,
         })?;
-        collect::collect_tree(&mut stopped, options, &mut list)
+        collect::collect_tree(&mut stopped, options, &mut list, reader)
     })?;
     enter(DumpPhase::Recheck, options, || refuse(std::mem::take(&mut state.refusals)))?;
     listening.stopped(sink)?;
-    enter(DumpPhase::Memory, options, || save_memory(&state, sink, options, &mut dumped))?;
+    let copied = enter(DumpPhase::Memory, options, || memory::save(&mut state, sink, options, &mut dumped))?;
     let mut stopped = Some(stopped);
     enter(DumpPhase::Release, options, || {
         if options.after == After::Run {
@@ -288,6 +306,7 @@ pub fn dump_telling(
         if options.after != After::Run {
             dumped.frozen = start.elapsed();
         }
+        copied.save(sink, options, &mut dumped)?;
         records::save(&state, sink, options, stopped.as_ref().and_then(StoppedTree::frozen), &mut dumped)
     })?;
     listening.reached(DumpStage::PostDump)?;
@@ -323,35 +342,6 @@ fn enter<T>(
 
 fn refuse(refusals: Vec<Refusal>) -> Result<(), DumpError> {
     if refusals.is_empty() { Ok(()) } else { Err(DumpError::Refused { refusals: Refusals(refusals) }) }
-}
-
-/// Writes the pages of every process and of every shared object, numbered in this order, from 1; and what tmpfs mounts hold.
-fn save_memory(
-    state: &TreeState,
-    sink: &mut dyn Sink,
-    options: &DumpOptions,
-    dumped: &mut Dumped,
-) -> Result<(), DumpError> {
-    let start = Instant::now();
-    let mut number = 0u32;
-    for process in state.processes.iter().filter(|process| !process.is_zombie()) {
-        let pid = process.task.pid;
-        let pages = ProcessPages::open(pid, &process.pages).map_err(DumpError::read(pid, "memory"))?;
-        number += 1;
-        options.step(DumpStep::Pages)?;
-        records::save_pages(sink, process.pagemap_image(), number, process.pages.dump(), &pages)?;
-        dumped.pages += process.pages.pages();
-    }
-    for (id, object) in state.shared.iter() {
-        number += 1;
-        options.step(DumpStep::Pages)?;
-        records::save_pages(sink, records::shared_pagemap_image(id), number, object.dump(), object)?;
-        dumped.pages += object.pages();
-        dumped.shared_pages += object.pages();
-    }
-    state.namespaces.dump(sink)?;
-    dumped.memory = start.elapsed();
-    Ok(())
 }
 
 /// Kills every process of the stopped tree and waits until all are gone, zombies for their parents aside.

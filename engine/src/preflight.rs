@@ -9,7 +9,7 @@ use crate::files::{FilesCollector, FilesOptions};
 use crate::freeze::{FreezeError, Surroundings};
 use crate::memory::mappings;
 use crate::namespaces;
-use crate::procfs::{self, Ids, Stat};
+use crate::procfs::{self, Ids, Resident, Stat};
 use crate::sys::pagemap::{PRESENT, Pagemap, Wanted};
 use crate::sys::{HostPid, PAGE_SIZE};
 use crate::task::refuse;
@@ -20,11 +20,21 @@ use crate::tree::TaskRef;
 /// # Errors
 /// When the root itself cannot be looked at.
 pub fn check(root: HostPid, options: &DumpOptions) -> Result<Vec<Refusal>, DumpError> {
-    look(root, options).map(|(refusals, _)| refusals)
+    Ok(look(root, options)?.refusals)
 }
 
-/// As [`check`], and says who is beside the tree.
-pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<(Vec<Refusal>, Surroundings), DumpError> {
+/// What a running tree shows of itself.
+pub(crate) struct Outlook {
+    /// What would make a dump fail.
+    pub refusals: Vec<Refusal>,
+    /// Who is beside it.
+    pub surroundings: Surroundings,
+    /// Bytes of memory that a dump would save now, about: shared memory is counted as if all processes shared the same.
+    pub memory: u64,
+}
+
+/// Looks at the running tree below `root`, once.
+pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, DumpError> {
     let tasks = list(root)?;
     let freezer = options.freezer.as_ref();
     let (surroundings, mut refusals) = Surroundings::look(root, tasks[0].ns_pid, freezer);
@@ -45,7 +55,10 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<(Vec<Refusal>
         collector.add_task(task);
     }
     refusals.extend(collector.refusals());
-    Ok((refusals, surroundings))
+    let resident: Vec<Resident> = tasks.iter().filter_map(|task| Resident::read(task.pid).ok()).collect();
+    let shared = resident.iter().map(|resident| resident.shared).max().unwrap_or(0);
+    let memory = resident.iter().map(|resident| resident.anonymous).sum::<u64>() + shared;
+    Ok(Outlook { refusals, surroundings, memory })
 }
 
 /// An error with its causes.

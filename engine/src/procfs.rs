@@ -129,6 +129,43 @@ impl Ids {
     }
 }
 
+/// What `/proc/PID/status` says of a process's memory, in bytes, within the error of the kernel's counters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resident {
+    /// Private anonymous memory (`RssAnon`).
+    pub anonymous: u64,
+    /// Shared anonymous memory and files in tmpfs (`RssShmem`).
+    pub shared: u64,
+}
+
+impl Resident {
+    /// Reads the file of a process.
+    ///
+    /// # Errors
+    /// Those of reading: the process may be gone.
+    pub fn read(pid: HostPid) -> io::Result<Self> {
+        let text = fs::read(format!("/proc/{pid}/status"))?;
+        let text = String::from_utf8_lossy(&text);
+        let bytes = |key| kibibytes(&text, key).unwrap_or(0) * 1024;
+        Ok(Self { anonymous: bytes("RssAnon:"), shared: bytes("RssShmem:") })
+    }
+}
+
+/// How many bytes the host could give to programs without swapping (proc_meminfo(5), `MemAvailable`).
+///
+/// # Errors
+/// Those of reading.
+pub fn available_memory() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    Ok(kibibytes(&text, "MemAvailable:").unwrap_or(0) * 1024)
+}
+
+/// The number in the line that starts with `key`.
+fn kibibytes(text: &str, key: &str) -> Option<u64> {
+    let value = text.lines().find_map(|line| line.strip_prefix(key))?;
+    value.split_ascii_whitespace().next()?.parse().ok()
+}
+
 /// The threads of a process, leader included, as ferry numbers them.
 ///
 /// # Errors
@@ -174,5 +211,6 @@ mod tests {
         assert_eq!(Ids::read(me).expect("status").pid[0], me.0);
         assert!(threads(me).expect("task").contains(&me));
         assert!(Stat::read(me).expect("stat").bounds.start_stack > 0);
+        assert!(Resident::read(me).expect("status").anonymous > 0);
     }
 }

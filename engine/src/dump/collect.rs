@@ -4,6 +4,7 @@
 //! and the agent goes out again.
 
 use std::io;
+use std::sync::Arc;
 
 use crate::agent::inject::{Context, Injected, Overseer, find_syscall_instruction};
 use crate::agent::{Call, Pending};
@@ -20,8 +21,9 @@ use crate::images::mm::MmEntry;
 use crate::images::seccomp::SeccompEntry;
 use crate::memory::bounds;
 use crate::memory::mappings::{self, Kind, Mapping};
-use crate::memory::pages::PageRuns;
+use crate::memory::reader::{Found, PageReader};
 use crate::memory::shmem::SharedObjects;
+use crate::memory::staging::Staging;
 use crate::namespaces;
 use crate::procfs::Ids;
 use crate::sys::robust::RobustList;
@@ -51,7 +53,7 @@ pub struct ProcessState {
     /// Working directory, root and umask; none for a zombie.
     pub fs: Option<FsEntry>,
     /// The pages to save.
-    pub pages: PageRuns,
+    pub pages: Found,
 }
 
 impl ProcessState {
@@ -82,6 +84,8 @@ pub struct TreeState {
     pub namespaces: namespaces::Collected,
     /// The cgroups that tasks are in.
     pub cgroups: CgroupSets,
+    /// Where pages have been copied to.
+    pub staging: Staging,
     /// What only the stopped tree shows that it cannot be saved.
     pub refusals: Vec<Refusal>,
 }
@@ -91,8 +95,17 @@ pub fn collect_tree(
     tree: &mut StoppedTree,
     options: &DumpOptions,
     list: &mut RobustList,
+    reader: PageReader,
 ) -> Result<TreeState, DumpError> {
     let root = tree.root().pid;
+    // First of all, since the pages are read meanwhile.
+    let mut mapped: Vec<Arc<[Mapping]>> = Vec::with_capacity(tree.processes.len());
+    for process in tree.processes.iter().filter(|process| !process.is_zombie()) {
+        let of_process = mappings::collect(process.pid).map_err(DumpError::read(process.pid, "mappings"))?;
+        mapped.push(of_process.into());
+        reader.read(process.pid, mapped[mapped.len() - 1].clone());
+    }
+    let mut mapped = mapped.into_iter();
     let mut tasks = Vec::with_capacity(tree.processes.len());
     let mut all_ids = Vec::with_capacity(tree.processes.len());
     for process in &tree.processes {
@@ -117,14 +130,15 @@ pub fn collect_tree(
             collector.refusals.extend(shared_with_parent(&task, &parent.task));
         }
         let parent = parent.map_or(0, |parent| parent.task.ns_pid.0);
-        let mut state = if process.is_zombie() {
-            let cores = vec![(task.ns_pid.0, dump_zombie(&process.stat))];
-            ProcessState { task, ids, parent, cores, mm: None, fs: None, pages: PageRuns::default() }
-        } else {
-            let mut state = collector.process(task, ids, parent, process)?;
+        let of_process = if process.is_zombie() { None } else { mapped.next() };
+        let mut state = if let Some(mapped) = of_process {
+            let mut state = collector.process(task, ids, parent, process, &mapped)?;
             let tids = process.threads.iter().map(|thread| thread.tid);
             cgroups.add(tids.zip(state.cores.iter_mut().map(|(_, core)| core)))?;
             state
+        } else {
+            let cores = vec![(task.ns_pid.0, dump_zombie(&process.stat))];
+            ProcessState { task, ids, parent, cores, mm: None, fs: None, pages: Found::default() }
         };
         let number = index as u32 + FIRST_OBJECT;
         name_objects(&mut state, number, &namespaces, &mut collector.files);
@@ -133,16 +147,12 @@ pub fn collect_tree(
     let Collector { mut files, mut shared, filters, mut refusals, .. } = collector;
     shared.collect_pages().map_err(DumpError::read(root, "shared memory"))?;
     refusals.extend(files.refusals());
-    Ok(TreeState {
-        processes,
-        level,
-        shared,
-        files: files.finish(),
-        filters: filters.finish(),
-        namespaces,
-        cgroups,
-        refusals,
-    })
+    let (found, staging) = reader.finish()?;
+    for (process, pages) in processes.iter_mut().filter(|process| !process.is_zombie()).zip(found) {
+        process.pages = pages;
+    }
+    let (files, filters) = (files.finish(), filters.finish());
+    Ok(TreeState { processes, level, shared, files, filters, namespaces, cgroups, staging, refusals })
 }
 
 /// Numbers of kernel objects in `ids` images; 1 is the dumper's own.
@@ -229,12 +239,12 @@ impl Collector<'_> {
         ids: Ids,
         parent: i32,
         process: &mut StoppedProcess,
+        mapped: &[Mapping],
     ) -> Result<ProcessState, DumpError> {
         let pid = task.pid;
         let read = |what| DumpError::read(pid, what);
-        let mapped = mappings::collect(pid).map_err(read("mappings"))?;
         self.refusals.extend(mapped.iter().filter_map(|mapping| mappings::refusal(&task, mapping)));
-        let facts = self.ask(&task, process, &mapped)?;
+        let facts = self.ask(&task, process, mapped)?;
         let mut mm = bounds::dump(
             &process.stat.bounds,
             facts.brk,
@@ -243,7 +253,7 @@ impl Collector<'_> {
         );
         mm.exe_file_id = self.files.add_exe(&task).unwrap_or(0);
         mm.vmas.reserve(mapped.len());
-        for mapping in &mapped {
+        for mapping in mapped {
             let shmid = match mapping.kind {
                 Kind::FilePrivate | Kind::FileShared => {
                     self.files.add_mapping(&task, mapping.range.clone()).unwrap_or(0).into()
@@ -257,9 +267,8 @@ impl Collector<'_> {
             root_id: self.files.add_root(&task).unwrap_or(0),
             umask: Some(ids.umask),
         };
-        let pages = PageRuns::collect(pid, &mapped).map_err(read("page map"))?;
         let cores = self.cores(process, &facts);
-        Ok(ProcessState { task, ids, parent, cores, mm: Some(mm), fs: Some(fs), pages })
+        Ok(ProcessState { task, ids, parent, cores, mm: Some(mm), fs: Some(fs), pages: Found::default() })
     }
 
     /// Has the threads of a process answer their questions, all at the same time.

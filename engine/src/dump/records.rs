@@ -26,17 +26,17 @@ pub fn shared_pagemap_image(id: u64) -> String {
 /// Writes a pagemap image and its pages image number `number`.
 pub fn save_pages(
     sink: &mut dyn Sink,
-    pagemap: String,
+    pagemap: &str,
     number: u32,
-    entries: impl Iterator<Item = PagemapEntry>,
+    entries: &[PagemapEntry],
     pages: &dyn Content,
 ) -> Result<(), DumpError> {
     let mut image = Encoder::new(Kind::Pagemap);
     image.entry(&PagemapHead { pages_id: number });
     for entry in entries {
-        image.entry(&entry);
+        image.entry(entry);
     }
-    sink.put(&pagemap, &image.finish())?;
+    sink.put(pagemap, &image.finish())?;
     sink.put_raw(&Kind::Pages.name_for(number), pages)?;
     Ok(())
 }
@@ -146,7 +146,7 @@ impl Dumped {
             freezing_time: micros(self.freezing),
             frozen_time: micros(self.frozen),
             memdump_time: micros(self.memory),
-            memwrite_time: micros(self.memory),
+            memwrite_time: micros(self.memory + self.memory_writing),
             pages_scanned: self.pages - self.shared_pages,
             pages_skipped_parent: 0,
             pages_written: self.pages - self.shared_pages,

@@ -13,7 +13,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use crate::images::pagemap::{PagemapEntry, page_flags};
+use crate::images::pagemap::PagemapEntry;
 use crate::memory::mappings::{Kind, Mapping};
 use crate::sys::pagemap::{FILE, PFNZERO, PRESENT, PageRegion, Pagemap, SWAPPED, WORD_EXCLUSIVE, WORD_PRESENT, Wanted};
 use crate::sys::{HostPid, PAGE_SIZE, process_vm};
@@ -111,8 +111,8 @@ impl PageRuns {
     }
 
     /// The entries of the pagemap image.
-    pub fn dump(&self) -> impl Iterator<Item = PagemapEntry> {
-        self.runs.iter().map(|run| PagemapEntry::new(run.start, (run.end - run.start) / PAGE_SIZE, page_flags::PRESENT))
+    pub fn dump(&self) -> Vec<PagemapEntry> {
+        PagemapEntry::present(&self.runs)
     }
 
     /// The address ranges behind `len` bytes of the image from `offset`.

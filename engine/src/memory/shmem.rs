@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use rustix::fs::{SeekFrom, seek};
 
 use crate::images::Content;
-use crate::images::pagemap::{PagemapEntry, page_flags};
+use crate::images::pagemap::PagemapEntry;
 use crate::memory::mappings::{Kind, Mapping};
 use crate::sys::{HostPid, PAGE_SIZE};
 
@@ -87,8 +87,8 @@ impl SharedObject {
     }
 
     /// The entries of its pagemap image: offsets in the object take the place of addresses.
-    pub fn dump(&self) -> impl Iterator<Item = PagemapEntry> {
-        self.runs.iter().map(|run| PagemapEntry::new(run.start, (run.end - run.start) / PAGE_SIZE, page_flags::PRESENT))
+    pub fn dump(&self) -> Vec<PagemapEntry> {
+        PagemapEntry::present(&self.runs)
     }
 
     /// How many pages there are.

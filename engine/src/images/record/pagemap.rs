@@ -3,6 +3,10 @@
 //! The image is one [`PagemapHead`], then [`PagemapEntry`]s in ascending address order. The contents of the runs
 //! that are `PRESENT` follow one another in `pages-N.img` without gaps.
 
+use std::ops::Range;
+
+use crate::sys::PAGE_SIZE;
+
 /// First entry: `pages_id` is the number of the pages image.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct PagemapHead {
@@ -36,6 +40,11 @@ pub mod page_flags {
 }
 
 impl PagemapEntry {
+    /// The runs of a pages image, by address.
+    pub fn present(runs: &[Range<u64>]) -> Vec<Self> {
+        runs.iter().map(|run| Self::new(run.start, (run.end - run.start) / PAGE_SIZE, page_flags::PRESENT)).collect()
+    }
+
     /// A run of `pages` pages at `vaddr` with the given [`page_flags`]. The count is written in both of its fields
     /// where it fits, so that CRIU 4.0 and older read it too.
     pub fn new(vaddr: u64, pages: u64, flags: u32) -> Self {
