@@ -67,3 +67,13 @@ fn ferry_is_the_runtime_of_tasks() -> Outcome {
 fn ferry_is_the_runtime_of_containers() -> Outcome {
     containers(programs::ferry()?)
 }
+
+#[test]
+fn runc_is_the_runtime_of_tasks() -> Outcome {
+    tasks(programs::installed("runc")?)
+}
+
+#[test]
+fn runc_is_the_runtime_of_containers() -> Outcome {
+    containers(programs::installed("runc")?)
+}
