@@ -1,6 +1,6 @@
 //! A container of an OCI runtime: ferry's command line, or another runtime's with the same verbs.
 
-use crate::{Bundle, Outcome, Place, processes, programs};
+use crate::{Bundle, Outcome, Place, client, processes, programs};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
@@ -12,6 +12,7 @@ pub struct Container<'place> {
     place: &'place Place,
     runtime: PathBuf,
     root: Option<PathBuf>,
+    path: String,
     /// The bundle's folder.
     pub bundle: PathBuf,
     /// The id.
@@ -44,20 +45,24 @@ impl<'place> Container<'place> {
     fn prepare(place: &'place Place, bundle: &Bundle, runtime: PathBuf) -> Outcome<Self> {
         bundle.write()?;
         let root = (runtime == programs::runtime()?).then(|| place.path("state"));
-        Ok(Self { place, runtime, root, bundle: bundle.path.clone(), id: place.name().to_owned() })
+        let path = client::path(place)?;
+        Ok(Self { place, runtime, root, path, bundle: bundle.path.clone(), id: place.name().to_owned() })
     }
 
     /// The same container under another runtime's command line.
     pub fn seen_by(&self, runtime: PathBuf) -> Self {
-        Self { place: self.place, runtime, root: None, bundle: self.bundle.clone(), id: self.id.clone() }
+        let (path, bundle, id) = (self.path.clone(), self.bundle.clone(), self.id.clone());
+        Self { place: self.place, runtime, root: None, path, bundle, id }
     }
 
     /// The runtime's command line up to the verb.
     pub fn command(&self, verb: &str) -> Command {
         let mut command = Command::new(&self.runtime);
-        if let Some(root) = &self.root {
-            command.arg("--root").arg(root);
-        }
+        match &self.root {
+            Some(root) => command.arg("--root").arg(root),
+            // Other runtimes look for criu, which shall be ferry.
+            None => command.env("PATH", &self.path),
+        };
         // runc looks for images below the folder that it is started in.
         command.arg("--log").arg(self.log()).arg(verb).env("TMPDIR", self.place.temporary()).current_dir(&self.bundle);
         command

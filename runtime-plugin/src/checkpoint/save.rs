@@ -11,6 +11,7 @@ use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump, dump_telli
 use ferry_engine::fault::Faults;
 use ferry_engine::images::{ArchiveSink, FolderOptions, FolderSink};
 use ferry_engine::sys::{HostPid, PAGE_SIZE};
+use libcontainer::oci_spec::runtime::Spec;
 use serde_json::json;
 
 use super::layer::Layer;
@@ -128,7 +129,7 @@ fn fill<W: Write + Send>(
     sink: &mut ArchiveSink<W>,
     stdio: &[u8],
 ) -> Result<Dumped, Failure> {
-    sink.put_member("spec.dump", &serde_json::to_vec_pretty(plan.spec)?)?;
+    sink.put_member("spec.dump", &serde_json::to_vec_pretty(&named_spec(plan))?)?;
     let mut layer = Layer::find(pid, plan.args.ignore_rootfs)?;
     let dumped = dump_telling(HostPid(pid), sink, options, &mut layer).map_err(explain)?;
     sink.put_member("config.dump", &serde_json::to_vec_pretty(&config(plan))?)?;
@@ -152,6 +153,19 @@ fn explain(error: DumpError) -> Failure {
             ))
         }
     }
+}
+
+/// The container's config, with its name where readers of archives look for it if no manager has left its own mark there.
+fn named_spec(plan: &Plan) -> Spec {
+    const MANAGER: &str = "io.container.manager";
+    const NAME: &str = "io.kubernetes.cri.container-name";
+    let mut spec = plan.spec.clone();
+    let mut annotations = spec.annotations().clone().unwrap_or_default();
+    if !annotations.contains_key(MANAGER) {
+        annotations.entry(NAME.to_owned()).or_insert_with(|| plan.container.id.clone());
+    }
+    spec.set_annotations(Some(annotations));
+    spec
 }
 
 /// Who the container is, in the fields that readers of Podman's archives look for.

@@ -1,0 +1,230 @@
+//! runc checkpoints and restores its containers with ferry as the only `criu`.
+
+use ferry_test_bundles::service::Service;
+use ferry_test_bundles::{Bundle, Container, Outcome, Place, processes, programs};
+use serde_json::json;
+use std::path::PathBuf;
+
+/// A runc container that runs the service, with folders for images and logs.
+struct OfRunc<'place> {
+    container: Container<'place>,
+    service: Service,
+    images: PathBuf,
+    logs: PathBuf,
+}
+
+impl<'place> OfRunc<'place> {
+    fn run(place: &'place Place, change: impl FnOnce(&mut Bundle)) -> Outcome<Self> {
+        let service = Service::new(place)?;
+        let mut bundle = service.bundle(place)?;
+        change(&mut bundle);
+        let container = Container::run_with(place, &bundle, programs::installed("runc")?)?;
+        service.await_ready()?;
+        let (images, logs) = (place.path("images"), place.folder("logs")?);
+        let of_runc = Self { container, service, images, logs };
+        of_runc.is_well("its start")?;
+        Ok(of_runc)
+    }
+
+    fn folders(&self) -> [String; 4] {
+        let (images, logs) = (self.images.display().to_string(), self.logs.display().to_string());
+        ["--image-path".to_owned(), images, "--work-path".to_owned(), logs]
+    }
+
+    fn options<'a>(folders: &'a [String], options: &[&'a str]) -> Vec<&'a str> {
+        folders.iter().map(String::as_str).chain(options.iter().copied()).collect()
+    }
+
+    /// Checkpoints the container, which is gone then.
+    fn checkpoint(&self, options: &[&str]) -> Outcome {
+        let folders = self.folders();
+        self.container.checkpoint(&Self::options(&folders, options))?;
+        match self.container.state() {
+            Ok(state) => Err(format!("runc still knows the container: {state}")),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Checkpoints the container, whose processes stay the same.
+    fn checkpoint_running(&self, options: &[&str]) -> Outcome {
+        let (tree, folders) = (processes::tree(self.container.pid()?), self.folders());
+        let options = [&["--leave-running"], options].concat();
+        self.container.verb("checkpoint", &Self::options(&folders, &options))?;
+        let now = processes::tree(self.container.pid()?);
+        if now == tree { Ok(()) } else { Err(format!("the processes are {now:?}, were {tree:?}")) }
+    }
+
+    /// Restores the container, and sees that it is what it was.
+    fn restore(&self, options: &[&str]) -> Outcome {
+        let folders = self.folders();
+        self.container.restore(&Self::options(&folders, options))?;
+        self.is_well("the restore")
+    }
+
+    fn is_well(&self, event: &str) -> Outcome {
+        self.container.is("running")?;
+        self.service.ask(event)?;
+        let inside = self.container.exec(&["cat", "/proc/1/comm"])?;
+        if inside.trim() == "workload" { Ok(()) } else { Err(format!("after {event}: exec printed {inside:?}")) }
+    }
+
+    fn log(&self, name: &str) -> Outcome<String> {
+        let path = self.logs.join(name);
+        std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))
+    }
+
+    fn end(self) -> Outcome {
+        self.container.end()
+    }
+}
+
+/// A root file system that the program may write to.
+fn writable(bundle: &mut Bundle) {
+    bundle.writable();
+}
+
+/// `--image-path` and `--work-path`, twice in a row; logs and statistics are where they belong.
+#[test]
+fn checkpoint_and_restore() -> Outcome {
+    let place = Place::new()?;
+    let of_runc = OfRunc::run(&place, writable)?;
+    for round in ["first", "second"] {
+        of_runc.checkpoint(&[]).map_err(|error| format!("{round} checkpoint: {error}"))?;
+        of_runc.restore(&[]).map_err(|error| format!("{round} restore: {error}"))?;
+        for name in ["dump.log", "restore.log", "stats-dump", "stats-restore"] {
+            let path = of_runc.logs.join(name);
+            std::fs::remove_file(&path).map_err(|error| format!("{round}: {}: {error}", path.display()))?;
+        }
+        std::fs::remove_dir_all(&of_runc.images).map_err(|error| format!("images: {error}"))?;
+    }
+    of_runc.end()
+}
+
+/// The container runs on, and its images are good: it is restored from them once it has been ended.
+#[test]
+fn leave_running() -> Outcome {
+    let place = Place::new()?;
+    let of_runc = OfRunc::run(&place, writable)?;
+    of_runc.checkpoint_running(&[])?;
+    of_runc.is_well("checkpoint --leave-running")?;
+    let tree = processes::tree(of_runc.container.pid()?);
+    programs::succeed(of_runc.container.command("kill").arg(&of_runc.container.id).arg("KILL"))?;
+    processes::await_end(&tree)?;
+    of_runc.container.verb("delete", &[])?;
+    of_runc.restore(&[])?;
+    of_runc.end()
+}
+
+/// A paused container stays paused while it is checkpointed, and runs when it is restored.
+#[test]
+fn paused_before() -> Outcome {
+    let place = Place::new()?;
+    let of_runc = OfRunc::run(&place, writable)?;
+    of_runc.container.verb("pause", &[])?;
+    of_runc.checkpoint_running(&[])?;
+    of_runc.container.is("paused")?;
+    std::fs::remove_dir_all(&of_runc.images).map_err(|error| format!("images: {error}"))?;
+    of_runc.checkpoint(&[])?;
+    of_runc.restore(&[])?;
+    of_runc.end()
+}
+
+/// A root file system that is read-only, with a tmpfs in it.
+#[test]
+fn read_only_root() -> Outcome {
+    let place = Place::new()?;
+    let of_runc = OfRunc::run(&place, |bundle| {
+        let temporary = json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777"]});
+        if let Some(mounts) = bundle.config["mounts"].as_array_mut() {
+            mounts.push(temporary);
+        }
+    })?;
+    of_runc.checkpoint(&[])?;
+    of_runc.restore(&[])?;
+    let refused = of_runc.container.exec(&["touch", "/etc/file"]);
+    if !refused.as_ref().is_err_and(|error| error.contains("Read-only")) {
+        return Err(format!("the root can be written to: {refused:?}"));
+    }
+    of_runc.end()
+}
+
+/// The annotation `org.criu.config` names a file of options, which win over runc's own.
+#[test]
+fn configuration_of_the_user() -> Outcome {
+    let place = Place::new()?;
+    let file = place.path("criu.conf");
+    std::fs::write(&file, "log-file of-the-user.log\n").map_err(|error| format!("{}: {error}", file.display()))?;
+    let of_runc = OfRunc::run(&place, |bundle| {
+        bundle.writable();
+        bundle.config["annotations"] = json!({"org.criu.config": file});
+    })?;
+    of_runc.checkpoint(&[])?;
+    of_runc.log("of-the-user.log").map_err(|error| format!("after the checkpoint: {error}"))?;
+    std::fs::remove_file(of_runc.logs.join("of-the-user.log")).map_err(|error| error.to_string())?;
+    of_runc.restore(&[])?;
+    of_runc.log("of-the-user.log").map_err(|error| format!("after the restore: {error}"))?;
+    of_runc.end()
+}
+
+/// Hooks run where runc runs them: createRuntime with the restored process's pid, poststop when the checkpoint has ended it.
+#[test]
+fn hooks() -> Outcome {
+    let place = Place::new()?;
+    let note = |name: &str| {
+        let script = format!("cat >> {}", place.path(name).display());
+        json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}])
+    };
+    let of_runc = OfRunc::run(&place, |bundle| {
+        bundle.writable();
+        bundle.config["hooks"] = json!({"createRuntime": note("created"), "poststop": note("stopped")});
+    })?;
+    std::fs::remove_file(place.path("created")).map_err(|error| format!("createRuntime: {error}"))?;
+    of_runc.checkpoint(&[])?;
+    if !place.path("stopped").exists() {
+        return Err("poststop did not run after the checkpoint".to_owned());
+    }
+    of_runc.restore(&[])?;
+    let told = std::fs::read_to_string(place.path("created")).map_err(|error| format!("createRuntime: {error}"))?;
+    let state: serde_json::Value = serde_json::from_str(&told).map_err(|error| format!("{error}: {told}"))?;
+    if state["pid"].as_i64() != Some(of_runc.container.pid()?.into()) {
+        return Err(format!("createRuntime was told {told}, the pid is {}", of_runc.container.pid()?));
+    }
+    of_runc.end()
+}
+
+/// What cannot be saved leaves the container as it was, and the log's last error says which descriptor of which process it is.
+#[test]
+fn refusals_are_in_the_log() -> Outcome {
+    let place = Place::new()?;
+    let of_runc = OfRunc::run(&place, |bundle| {
+        bundle.writable();
+        bundle.config["process"]["args"] = json!(Service::words("file_lock"));
+    })?;
+    let folders = of_runc.folders();
+    let output = of_runc.container.try_verb("checkpoint", &OfRunc::options(&folders, &[]))?;
+    let log = of_runc.log("dump.log")?;
+    let last = log.lines().rfind(|line| line.contains("Error")).unwrap_or_default();
+    if output.status.success()
+        || !["pid 1", "fd ", "/work/locked", "--file-locks"].iter().all(|word| last.contains(word))
+    {
+        return Err(format!("{}; the last error is {last:?}", output.status));
+    }
+    of_runc.is_well("a refused checkpoint")?;
+    of_runc.checkpoint(&["--file-locks"])?;
+    of_runc.restore(&["--file-locks"])?;
+    of_runc.end()
+}
+
+/// `--pre-dump` is told to be missing before anything happens.
+#[test]
+fn pre_dump_is_refused() -> Outcome {
+    let place = Place::new()?;
+    let of_runc = OfRunc::run(&place, writable)?;
+    let folders = of_runc.folders();
+    let output = of_runc.container.try_verb("checkpoint", &OfRunc::options(&folders, &["--pre-dump"]))?;
+    if output.status.success() {
+        return Err("a pre-dump was made, which this version cannot: make it a test".to_owned());
+    }
+    of_runc.is_well("a refused pre-dump")?;
+    of_runc.end()
+}
