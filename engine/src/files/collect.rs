@@ -156,7 +156,7 @@ impl FilesCollector {
     /// # Errors
     /// Those of reading `/proc/PID`: the process may be gone.
     pub fn new(root: HostPid, options: FilesOptions) -> io::Result<Self> {
-        let sockets = Sockets::of(root, options.network_namespace_id)?;
+        let sockets = Sockets::of(root, options.network_namespace_id, options.requested_by)?;
         Ok(Self {
             options,
             root,
@@ -522,6 +522,15 @@ impl FilesCollector {
         for (key, holder) in pipes.chain(fifos).chain(sockets) {
             let stdio = self.options.outside_stdio && holder.of_root && holder.fd.is_some_and(|fd| fd <= 2);
             if stdio || self.options.external.contains(&key) {
+                continue;
+            }
+            if self.options.outside_pipes && key.starts_with("pipe") {
+                if self.options.stopped {
+                    let told = holder.refusal(Problem::new("its other end is held by a process outside the tree", ""));
+                    tracing::warn!(
+                        "{told}: it will be closed in the restored tree, unless the restore is given another"
+                    );
+                }
                 continue;
             }
             refusals.push(holder.refusal(Problem::new(

@@ -48,6 +48,12 @@ pub struct FilesOptions {
     pub external: BTreeSet<String>,
     /// Whether the other ends of pipes and the files that the root task has at descriptors 0 to 2 may lie outside the tree.
     pub outside_stdio: bool,
+    /// Whether the other end of any pipe may lie outside the tree. It is closed in the restored tree, unless the restore is
+    /// given another.
+    pub outside_pipes: bool,
+    /// The inode of the socket to whose other end the tree may be connected to ask for this very dump. Such a connection
+    /// has the answer in it when it is restored, and nobody at its other end.
+    pub requested_by: Option<u32>,
     /// Whether file locks are saved.
     pub file_locks: bool,
     /// The number that images give to the tree's network namespace, which sockets name.
@@ -61,6 +67,8 @@ impl Default for FilesOptions {
             ghost_limit: 1 << 20,
             external: BTreeSet::new(),
             outside_stdio: false,
+            outside_pipes: false,
+            requested_by: None,
             file_locks: false,
             network_namespace_id: None,
         }

@@ -48,6 +48,8 @@ pub(crate) struct Sockets<H> {
     /// The tree's network namespace: its inode, and its number in images.
     namespace: u64,
     namespace_id: Option<u32>,
+    /// The other end of connections by which the tree asked for the dump.
+    requested_by: Option<u32>,
     unix: Option<UnixSockets>,
     /// Local sockets that are connected: inode, peer, and who has them.
     ends: BTreeMap<u32, (u32, H)>,
@@ -65,14 +67,14 @@ pub(crate) struct Found<'a> {
 }
 
 impl<H> Sockets<H> {
-    /// Begins with the network namespace of the tree's first task.
+    /// Begins with the network namespace of the tree's first task. `requested_by` is as in `FilesOptions`.
     ///
     /// # Errors
     /// Those of stat(2): the process may be gone.
-    pub fn of(root: HostPid, namespace_id: Option<u32>) -> io::Result<Self> {
+    pub fn of(root: HostPid, namespace_id: Option<u32>, requested_by: Option<u32>) -> io::Result<Self> {
         use std::os::unix::fs::MetadataExt;
         let namespace = std::fs::metadata(format!("/proc/{root}/ns/net"))?.ino();
-        Ok(Self { namespace, namespace_id, unix: None, ends: BTreeMap::new(), packets: Vec::new() })
+        Ok(Self { namespace, namespace_id, requested_by, unix: None, ends: BTreeMap::new(), packets: Vec::new() })
     }
 
     /// Reads a socket; with `content`, what waits in its queue as well.
@@ -104,7 +106,10 @@ impl<H> Sockets<H> {
                         socket.ok_or_else(|| Problem::new("the kernel does not list this local socket", "try again"))?
                     }
                 };
-                let usk = unix::collect_unix(id, inode, socket, &info, duplicate, fown, find_file)?;
+                let mut usk = unix::collect_unix(id, inode, socket, &info, duplicate, fown, find_file)?;
+                if usk.peer != 0 && Some(usk.peer) == self.requested_by {
+                    unix::expect_answer(&mut usk);
+                }
                 if unix::is_connected(&usk) {
                     self.ends.insert(inode, (usk.peer, holder));
                 }

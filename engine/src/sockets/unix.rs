@@ -103,6 +103,17 @@ pub fn collect_unix(
     Ok(entry)
 }
 
+/// Mark of a connection by which its holder asked for the dump that it is in (`uflags`).
+const ASKED_FOR_DUMP: u32 = 1 << 1;
+
+/// What is in such a connection when it is restored: CRIU's answer that the dump succeeded (type 1, success, `restored`).
+const RESTORED: [u8; 8] = [0x08, 0x01, 0x10, 0x01, 0x1a, 0x02, 0x08, 0x01];
+
+/// Makes of a connection to the one who dumps a socket that has the answer in it when it is restored.
+pub fn expect_answer(entry: &mut UnixSkEntry) {
+    (entry.state, entry.peer, entry.uflags) = (state::CLOSE, 0, entry.uflags | ASKED_FOR_DUMP);
+}
+
 /// Whether an entry can be used at all.
 pub fn is_whole(entry: &UnixSkEntry) -> bool {
     entry.name.len() <= PATH_MAX && entry.name_dir.as_ref().is_none_or(|path| !path.contains(&0))
@@ -142,6 +153,11 @@ fn type_and_flags(entry: &UnixSkEntry, cloexec: bool) -> u64 {
 
 /// Makes a socket that is not connected; binds it, and has it listen, as it was.
 pub fn restore_single(session: &mut Session<'_>, entry: &UnixSkEntry, cloexec: bool) -> Done<Temporary> {
+    if entry.uflags & ASKED_FOR_DUMP != 0 {
+        let [asked, answered] = restore_pair(session, End { entry, packets: &[RESTORED.to_vec()], cloexec }, None)?;
+        session.close(answered)?;
+        return Ok(asked);
+    }
     let arguments = [libc::AF_UNIX as u64, type_and_flags(entry, cloexec), 0];
     let socket = session.make("make it", libc::SYS_socket, &arguments, &[], &[])?;
     restore_options(session, socket, &entry.opts)?;

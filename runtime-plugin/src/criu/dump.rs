@@ -18,8 +18,12 @@ use crate::guard::Worker;
 pub fn run(options: &Options, client: Option<&dyn Client>, worker: &Worker) -> Result<(), Failure> {
     let pid = options.tree.ok_or_else(|| Failure::new("dump needs --tree PID, the root of the process tree"))?;
     let mut dump_options = dump_options(options)?;
-    // Runtimes note what pipes the root's standard descriptors are, and hand their own to the restored one.
-    dump_options.files.outside_stdio |= client.is_some();
+    if let Some(client) = client {
+        // Runtimes note what pipes the root's standard descriptors are, and hand their own to the restored one.
+        dump_options.files.outside_stdio = true;
+        dump_options.files.outside_pipes = true;
+        dump_options.files.requested_by = client.connection();
+    }
     worker.oversee(&mut dump_options);
     let folder = images_dir(options);
     let mut sink = FolderSink::open(folder, FolderOptions::default())?.noted_in(dump_options.journal.clone(), folder);

@@ -12,6 +12,9 @@ use super::{Failure, images_dir};
 
 /// The client of an RPC request.
 pub trait Client: Notifier {
+    /// The inode of the socket that it is connected to.
+    fn connection(&self) -> Option<u32>;
+
     /// Whether it may name external objects.
     fn names_external(&self) -> bool;
 

@@ -76,6 +76,11 @@ impl Notifier for Listener<'_> {
 }
 
 impl Client for Listener<'_> {
+    fn connection(&self) -> Option<u32> {
+        let inode = rustix::fs::fstat(self.connection).ok()?.st_ino;
+        u32::try_from(inode).ok()
+    }
+
     fn names_external(&self) -> bool {
         self.notify
     }

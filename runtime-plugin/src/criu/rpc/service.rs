@@ -55,8 +55,8 @@ pub fn service(options: &Options) -> Outcome {
             .map_err(|error| Failure::from(error).context(format!("--work-dir {}", folder.display())))?;
     }
     let path = options.address.as_deref().unwrap_or(DEFAULT_ADDRESS);
-    let listener = listen(Path::new(path))
-        .map_err(|error| Failure::from(error).context(format!("cannot listen at {path}")))?;
+    let listener =
+        listen(Path::new(path)).map_err(|error| Failure::from(error).context(format!("cannot listen at {path}")))?;
     // CRIU's short option for the background is the one of a restore.
     if options.daemon || options.restore_detached {
         let child = into_background(options, listener)?;
