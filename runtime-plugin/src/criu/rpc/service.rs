@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -40,9 +40,9 @@ const CLIENTS_PER_USER: usize = 16;
 /// Listens, and serves until it is ended by a signal.
 pub fn service(options: &Options) -> Outcome {
     match options.rest.first().and_then(|word| word.to_str()) {
-        Some(FOR_CLIENT) => return Ok(super::serve(Connection::new(take_stdin()?), false)),
+        Some(FOR_CLIENT) => return Ok(super::serve(Connection::new(descriptor::take(0)?), false)),
         Some(IN_BACKGROUND) => {
-            let listener = take_stdin()?;
+            let listener = descriptor::take(0)?;
             rustix::process::setsid()?;
             install_log(options)?;
             return Err(serve_all(&listener));
@@ -112,13 +112,6 @@ fn ready(options: &Options, pid: u32) -> Result<(), Failure> {
             .map_err(|error| Failure::from(error).context(format!("--status-fd {number}")))?;
     }
     Ok(())
-}
-
-/// The descriptor behind standard input, which becomes `/dev/null`.
-fn take_stdin() -> Result<OwnedFd, Failure> {
-    let taken = io::stdin().as_fd().try_clone_to_owned()?;
-    rustix::stdio::dup2_stdin(fs::File::open("/dev/null")?)?;
-    Ok(taken)
 }
 
 /// How many clients each user has.
