@@ -35,7 +35,7 @@ pub(crate) struct Outlook {
 
 /// Looks at the running tree below `root`, once.
 pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, DumpError> {
-    let tasks = list(root)?;
+    let (tasks, jobs) = list(root)?;
     let freezer = options.freezer.as_ref();
     let (surroundings, mut refusals) = Surroundings::look(root, tasks[0].ns_pid, freezer);
     if let Some(Err(error)) = freezer.map(|freezer| freezer.foresee(|_| true)) {
@@ -51,7 +51,8 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, Dump
     refusals.extend_from_slice(namespaces.refusals());
     let files = FilesOptions { stopped: false, ..options.files.clone() };
     let mut collector = FilesCollector::new(root, files).map_err(DumpError::read(root, "mounts"))?;
-    for task in &tasks {
+    for (task, (stat, ids)) in tasks.iter().zip(&jobs) {
+        collector.add_job(task, stat, ids);
         collector.add_task(task);
     }
     refusals.extend(collector.refusals());
@@ -67,22 +68,30 @@ fn sentence(error: &dyn std::error::Error) -> String {
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
+/// What the kernel says of a process as a whole.
+type Job = (Stat, Ids);
+
 /// The processes of a running tree that are alive, parents first.
-fn list(root: HostPid) -> Result<Vec<TaskRef>, DumpError> {
-    let mut tasks = vec![open(root).ok_or(FreezeError::NoProcess { pid: root })?];
+fn list(root: HostPid) -> Result<(Vec<TaskRef>, Vec<Job>), DumpError> {
+    let (task, job) = open(root).ok_or(FreezeError::NoProcess { pid: root })?;
+    let (mut tasks, mut jobs) = (vec![task], vec![job]);
     let mut next = 0;
     while let Some(pid) = tasks.get(next).map(|task| task.pid) {
         next += 1;
         for tid in procfs::threads(pid).unwrap_or_default() {
-            tasks.extend(procfs::children(pid, tid).unwrap_or_default().into_iter().filter_map(open));
+            for (task, job) in procfs::children(pid, tid).unwrap_or_default().into_iter().filter_map(open) {
+                tasks.push(task);
+                jobs.push(job);
+            }
         }
     }
-    Ok(tasks)
+    Ok((tasks, jobs))
 }
 
-fn open(pid: HostPid) -> Option<TaskRef> {
+fn open(pid: HostPid) -> Option<(TaskRef, Job)> {
     let stat = Stat::read(pid).ok().filter(|stat| stat.state != 'Z')?;
-    TaskRef::open(pid, Ids::read(pid).ok()?.innermost(), stat.comm).ok()
+    let ids = Ids::read(pid).ok()?;
+    Some((TaskRef::open(pid, ids.innermost(), stat.comm.clone()).ok()?, (stat, ids)))
 }
 
 /// Whether this host lets ferry do what every dump needs.

@@ -20,6 +20,12 @@ pub struct Stat {
     pub state: char,
     /// The parent, in ferry's pid namespace; 0 when it is outside.
     pub parent: i32,
+    /// The session, in ferry's pid namespace.
+    pub session: i32,
+    /// The controlling terminal's device, encoded as in `st_rdev`; 0 if it has none.
+    pub terminal: u32,
+    /// That terminal's foreground process group, in ferry's pid namespace; -1 if there is none.
+    pub foreground: i32,
     /// `PF_*` flags of the kernel.
     pub flags: u64,
     /// When it started, in clock ticks since boot.
@@ -68,6 +74,9 @@ impl Stat {
             comm,
             state: fields.first()?.chars().next()?,
             parent: signed(4)?,
+            session: signed(6)?,
+            terminal: signed(7)? as u32,
+            foreground: signed(8)?,
             flags: number(9)?,
             start_time: number(22)?,
             bounds: MemoryBounds {

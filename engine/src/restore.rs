@@ -20,7 +20,7 @@ mod space;
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -32,7 +32,7 @@ use crate::agent::{Area, NODE};
 use crate::cancel::Cancel;
 use crate::cgroups::{CgroupOptions, CgroupPlan, Cgroups};
 use crate::fault::{Edge, Faults, Point};
-use crate::files::{Inherited, NameJournal};
+use crate::files::{Inherited, NameJournal, Terminals};
 use crate::images::stats::{RestoreStatsEntry, StatsEntry};
 use crate::images::{ImageSet, Kind, encode};
 use crate::namespaces::{self, NamespaceKind, RestoreNamespaceOptions};
@@ -70,6 +70,9 @@ pub type Notify<'a> = Box<dyn FnMut(Stage, HostPid) -> Result<(), String> + 'a>;
 /// Told of phases that begin.
 pub type Progress<'a> = Box<dyn FnMut(RestorePhase) -> Result<(), String> + 'a>;
 
+/// Takes the master side of a terminal.
+pub type TakeTerminal<'a> = Box<dyn FnMut(OwnedFd) -> Result<(), String> + 'a>;
+
 /// How to restore.
 #[derive(Default)]
 pub struct RestoreOptions<'a> {
@@ -95,6 +98,10 @@ pub struct RestoreOptions<'a> {
     pub inherited: Inherited,
     /// Told of names that are given in file systems, to take them away if ferry is killed.
     pub names: Option<Box<dyn NameJournal>>,
+    /// A terminal for the tree to share, in place of the one that it shared with a shell. Its master side is elsewhere.
+    pub terminal: Option<OwnedFd>,
+    /// Given the master side of the terminal whose master was held outside the tree, as soon as there is a new one.
+    pub terminal_master: Option<TakeTerminal<'a>>,
     /// What ends the restore early. Not looked at any more once the tree is to run.
     pub cancel: Cancel,
     /// What a test lets go wrong.
@@ -298,7 +305,9 @@ impl Decisions {
         let mut inherited = std::mem::take(&mut options.inherited);
         let shared = shared::make_objects(checkpoint, &mut inherited)?;
         let plan = Plan::new(checkpoint, &circumstances)?;
-        let files = Files::plan(images, checkpoint, &plan.tree, inherited)?;
+        let terminals =
+            Terminals { hands_out: options.terminal_master.is_some(), own: std::mem::take(&mut options.terminal) };
+        let files = Files::plan(images, checkpoint, &plan.tree, inherited, terminals)?;
         if !namespaces.has_mount_namespace() {
             files.check("/")?;
         }
@@ -404,7 +413,7 @@ impl<'a> Restore<'a> {
         if any {
             self.notify(Stage::SetupNamespaces)?;
         }
-        self.namespaces.restore(&self.live.task(0).runner, root)?;
+        let open = self.namespaces.restore(&self.live.task(0).runner, root)?;
         self.place(0, None)?;
         if any {
             self.notify(Stage::PostSetupNamespaces)?;
@@ -413,7 +422,12 @@ impl<'a> Restore<'a> {
             self.files.check(&format!("/proc/{root}/root"))?;
         }
         let journal = self.options.names.take();
-        self.files.prepare(&self.live, journal)
+        for master in self.files.prepare(&self.live, &open, journal)? {
+            if let Some(take) = &mut self.options.terminal_master {
+                take(master).map_err(|problem| RestoreError::Caller { what: "handing out the terminal", problem })?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts the member at `place` into its cgroups, where its maker's are not the same.
@@ -447,7 +461,8 @@ impl<'a> Restore<'a> {
 
     fn tree(&mut self) -> Result<(), RestoreError> {
         self.make_others()?;
-        self.make_groups()
+        self.make_groups()?;
+        self.make_foreground()
     }
 
     fn memory(&self, place: usize) -> &'a MemoryImages {

@@ -89,6 +89,14 @@ impl Console {
         }
     }
 
+    /// Sends the master side of a terminal that was made again, as the container sends that of a new one.
+    ///
+    /// # Errors
+    /// When nobody takes it.
+    pub fn pass(&self, master: &OwnedFd) -> Result<(), ConsoleError> {
+        self.socket().map_or(Ok(()), |socket| send(socket, b"/dev/ptmx", master.as_fd()))
+    }
+
     /// Receives the master side, once the process has been created, if it comes to ferry.
     ///
     /// # Errors
@@ -128,12 +136,26 @@ pub fn send_pidfd(path: &Path, pid: i32) -> Result<(), ConsoleError> {
     let socket = connect(path)?;
     let pid = rustix::process::Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
     let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
-    let descriptors = [pidfd.as_fd()];
+    send(socket.as_fd(), b"pidfd", pidfd.as_fd())
+}
+
+/// Sends a descriptor with a name.
+fn send(socket: BorrowedFd<'_>, name: &[u8], descriptor: BorrowedFd<'_>) -> Result<(), ConsoleError> {
+    let descriptors = [descriptor];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
-    sendmsg(&socket, &[IoSlice::new(b"pidfd")], &mut ancillary, SendFlags::empty())?;
+    sendmsg(socket, &[IoSlice::new(name)], &mut ancillary, SendFlags::empty())?;
     Ok(())
+}
+
+/// The terminal of ferry's standard input, for a tree that shares one with a shell.
+///
+/// # Errors
+/// The kernel's, of duplicating it.
+pub fn own_terminal(wanted: bool) -> io::Result<Option<OwnedFd>> {
+    let stdin = io::stdin();
+    if wanted && isatty(&stdin) { stdin.as_fd().try_clone_to_owned().map(Some) } else { Ok(None) }
 }
 
 /// The master side of a container's terminal, held by ferry.

@@ -144,6 +144,8 @@ pub struct Plan<'a> {
     pub work: Option<PathBuf>,
     /// The bundle's hooks; `prestart` and `createRuntime` run before anything of the container does.
     pub hooks: Hooks,
+    /// Where the master side of its terminal goes.
+    pub console: &'a Console,
     /// What was asked for.
     pub args: &'a RestoreArgs,
 }
@@ -157,7 +159,7 @@ pub fn run(global: &Global, args: &RestoreArgs) -> Outcome {
     if !args.detach && !args.no_subreaper {
         foreground::become_subreaper();
     }
-    let container = bring_back(global, args, &bundle, source)?;
+    let container = bring_back(global, args, &bundle, source, &console)?;
     let told = tell(args, &container);
     let status = told.and_then(|()| stay(args, &container, console));
     let status = status.map_err(|failure| match delete::destroy(&container) {
@@ -171,7 +173,13 @@ pub fn run(global: &Global, args: &RestoreArgs) -> Outcome {
 }
 
 /// Makes the name and the cgroup, the tree, and the state of the container that runs.
-fn bring_back(global: &Global, args: &RestoreArgs, bundle: &Bundle, source: Source) -> Result<Container, Failure> {
+fn bring_back(
+    global: &Global,
+    args: &RestoreArgs,
+    bundle: &Bundle,
+    source: Source,
+    console: &Console,
+) -> Result<Container, Failure> {
     let cgroup = ContainerCgroup::of_spec(&bundle.spec, &args.id.id, global.systemd_cgroup)?;
     let spec = bundle.spec_with_cgroup(&cgroup);
     let hooks = hooks_of(&spec, &bundle.directory)?;
@@ -179,7 +187,7 @@ fn bring_back(global: &Global, args: &RestoreArgs, bundle: &Bundle, source: Sour
     new.cgroup().create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
     let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
     let mountpoints = Mountpoints::make(&spec, &bundle.directory, &rootfs)?;
-    let plan = Plan { new: &new, bundle, source, work: args.work_path.clone(), hooks, args };
+    let plan = Plan { new: &new, bundle, source, work: args.work_path.clone(), hooks, console, args };
     let pid = load::restore_tree(&plan)?;
     mountpoints.keep();
     Ok(new.keep(pid, ContainerStatus::Running)?)

@@ -8,7 +8,7 @@ pub const REFUSED: &[(&str, &str)] = &[
     ("tcp_connected", "tcp"),
     ("deleted_linked_file", "hard link"),
     ("pipe_packets", "packet mode"),
-    ("terminal", "terminal"),
+    ("terminal_outside", "its master side"),
     ("inotify", "inotify"),
     ("memfd", "memfd"),
     ("pidfd", "pidfd"),

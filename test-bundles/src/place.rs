@@ -27,6 +27,21 @@ impl Place {
         Ok(place)
     }
 
+    /// Gives this thread, and whatever it starts, pseudoterminals of its own: a restore needs the numbers that a dump had, which
+    /// tests that run at the same time must not take.
+    pub fn own_terminals(&self) -> Outcome {
+        use nix::mount::{MsFlags, mount};
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |error: nix::Error| format!("cannot {what}: {error}")
+        };
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(failed("have mounts of its own"))?;
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).map_err(failed("make mounts private"))?;
+        let options = Some("newinstance,ptmxmode=0666,mode=0620");
+        mount(Some("devpts"), "/dev/pts", Some("devpts"), MsFlags::empty(), options).map_err(failed("mount a devpts"))
+    }
+
     /// The name that makes everything of this test known.
     pub fn name(&self) -> &str {
         &self.name

@@ -71,6 +71,9 @@ impl<'place> Workload<'place> {
     /// Starts it, in a session of its own and with /dev/null for input and output.
     pub fn start(place: &'place Place, name: &str) -> Outcome<Self> {
         let dir = place.folder("work")?;
+        if name.starts_with("terminal") {
+            place.own_terminals()?;
+        }
         let mut command = Command::new(programs::workload()?);
         command.arg(name).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn().map_err(|error| format!("cannot start the workload: {error}"))?;

@@ -125,6 +125,7 @@ pub fn collect_tree(
     let mut cgroups = CgroupSets::new()?;
     let mut processes: Vec<ProcessState> = Vec::with_capacity(tasks.len());
     for (index, ((task, ids), process)) in tasks.into_iter().zip(all_ids).zip(&mut tree.processes).enumerate() {
+        collector.files.add_job(&task, &process.stat, &ids);
         let parent = processes.iter().find(|parent| parent.task.pid == process.parent);
         if let Some(parent) = parent.filter(|parent| !parent.is_zombie() && !process.is_zombie()) {
             collector.refusals.extend(shared_with_parent(&task, &parent.task));

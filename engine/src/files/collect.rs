@@ -21,6 +21,7 @@ use super::owner::{collect_owner, nobody};
 use super::pipe::Pipes;
 use super::regular::{self, Found, Paths, STATX};
 use super::table::{Shown, Table, Unreadable};
+use super::tty::{FoundTerminal, Job, Side, Terminals};
 use super::{FilesOptions, Problem};
 use crate::error::Refusal;
 use crate::images::Kind;
@@ -28,6 +29,8 @@ use crate::images::encode;
 use crate::images::files::{FdType, FdinfoEntry, FileEntry};
 use crate::images::pipe::{FifoEntry, PipeEntry};
 use crate::images::regfile::RegFileEntry;
+use crate::images::tty::TtyFileEntry;
+use crate::procfs::{Ids, Stat};
 use crate::sockets::unix::SocketFile;
 use crate::sockets::{self, Sockets};
 use crate::sys::kcmp::{self, compare};
@@ -137,6 +140,7 @@ pub struct FilesCollector {
     fifos: Pipes<Holder>,
     sockets: Sockets<Holder>,
     locks: Locks,
+    terminals: Terminals<Holder>,
     /// epoll instances by id, with the descriptors that name them.
     epolls: BTreeMap<u32, Epoll>,
     refusals: Vec<Refusal>,
@@ -170,10 +174,16 @@ impl FilesCollector {
             fifos: Pipes::default(),
             sockets,
             locks: Locks::default(),
+            terminals: Terminals::default(),
             epolls: BTreeMap::new(),
             refusals: Vec::new(),
             dump: FilesDump::default(),
         })
+    }
+
+    /// Notes the session of a process and what controls it. Terminals need this of every process.
+    pub fn add_job(&mut self, task: &TaskRef, stat: &Stat, ids: &Ids) {
+        self.terminals.add_job(Job::new(task, stat, ids));
     }
 
     /// Collects the descriptor table of a task, unless one that shares it was there before. Returns the table's number.
@@ -304,6 +314,10 @@ impl FilesCollector {
                 let fifo = self.dump_fifo(descriptor, stat, id)?;
                 return Ok(FileEntry { fifo: Some(fifo), ..entry(FdType::Fifo) });
             }
+            if let Some(side) = terminal_side(stat).filter(|_| !path_only) {
+                let tty = self.dump_terminal(descriptor, (side, stat), id)?;
+                return Ok(FileEntry { tty: Some(tty), ..entry(FdType::Tty) });
+            }
             let reg = self.dump_path(descriptor, stat, id)?;
             return Ok(FileEntry { reg: Some(reg), ..entry(FdType::Reg) });
         }
@@ -387,6 +401,40 @@ impl FilesCollector {
         self.fifos.collect(pipe_id, flags, duplicate.as_fd(), holder, self.options.stopped)?;
         self.dump.files.push(file);
         Ok(FifoEntry { id, pipe_id, regf_id: Some(regf_id) })
+    }
+
+    fn dump_terminal(
+        &mut self,
+        descriptor: &Descriptor<'_>,
+        (side, stat): (Side, &Statx),
+        id: u32,
+    ) -> Result<TtyFileEntry, Skip> {
+        let Descriptor { task, name, info, .. } = *descriptor;
+        let duplicate = self.duplicate(descriptor)?;
+        let fown = collect_owner(duplicate.as_fd())?;
+        let key = Some(Terminals::<Holder>::key(stat)).filter(|key| self.options.external.contains(key));
+        let found = Found { name, stat, mnt_id: info.mnt_id, flags: info.flags };
+        let (path, instance) = match key {
+            Some(_) => (None, 0),
+            None => {
+                let (path, instance) = self.paths.terminal(&found, side == Side::Slave)?;
+                (Some(path), instance)
+            }
+        };
+        let file = path.as_ref().map(|_| self.new_id());
+        let flags = info.flags;
+        let terminal =
+            FoundTerminal { id, side, stat, flags, file, instance, duplicate, fown: fown.clone(), pid: task.pid };
+        let holder = self.holder_of(descriptor);
+        let entry = self.terminals.collect(terminal, key, holder)?;
+        if let (Some(id), Some(path)) = (file, path) {
+            let mode = Some(stat.stx_mode.into());
+            let reg =
+                RegFileEntry { id, flags, fown, name: path.path, mnt_id: path.mnt_id, mode, ..Default::default() };
+            let file = FileEntry { r#type: FdType::Reg as i32, id, reg: Some(reg), ..FileEntry::default() };
+            self.dump.files.push(file);
+        }
+        Ok(entry)
     }
 
     fn dump_path(&mut self, descriptor: &Descriptor<'_>, stat: &Statx, id: u32) -> Result<RegFileEntry, Skip> {
@@ -516,6 +564,10 @@ impl FilesCollector {
     pub fn refusals(&mut self) -> Vec<Refusal> {
         self.resolve_epolls();
         let mut refusals = self.refusals.clone();
+        let stopped = self.options.stopped && refusals.is_empty();
+        let (problems, others) = self.terminals.problems(self.options.outside_terminal, stopped);
+        refusals.extend(problems.into_iter().map(|(holder, problem)| holder.refusal(problem)));
+        refusals.extend(others);
         let pipes = self.pipes.half_outside().map(|(inode, holder)| (format!("pipe[{inode}]"), holder));
         let fifos = self.fifos.half_outside().map(|(inode, holder)| (format!("fifo[{inode}]"), holder));
         let sockets = self.sockets.half_outside().map(|(inode, holder)| (format!("socket[{inode}]"), holder));
@@ -552,11 +604,19 @@ impl FilesCollector {
         put(Kind::PipesData, self.pipes.image(Kind::PipesData));
         put(Kind::SkQueues, self.sockets.image());
         put(Kind::FifoData, self.fifos.image(Kind::FifoData));
+        for (kind, image) in std::mem::take(&mut self.terminals).images() {
+            put(kind, image);
+        }
         put(Kind::FileLocks, encode(Kind::FileLocks, &self.locks.entries));
         put(Kind::RemapFpath, encode(Kind::RemapFpath, &self.ghosts.remaps));
         self.dump.images.append(&mut self.ghosts.images);
         self.dump
     }
+}
+
+fn terminal_side(stat: &Statx) -> Option<Side> {
+    let is_device = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::CharacterDevice;
+    Side::of_device(stat.stx_rdev_major, stat.stx_rdev_minor).filter(|_| is_device)
 }
 
 /// Finds the file that a local socket is bound to: an absolute name from the tree's root, another from the task's

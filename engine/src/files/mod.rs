@@ -5,6 +5,7 @@
 //! | `collect` | the walk over descriptor tables: [`FilesCollector`]; which descriptors share a description |
 //! | `table`, `fdinfo`, `owner` | what the kernel says of every descriptor alike |
 //! | `regular`, `ghost`, `pipe`, `event` … | one kind of object each: its dump and its restore |
+//! | `tty/` | terminals |
 //! | `plan`, `restore`, `session` | who makes which description at restore, when, and the batches that do it: [`RestorePlan`] |
 //!
 //! Sockets have their own folder, `sockets/`.
@@ -27,13 +28,15 @@ mod regular;
 mod restore;
 pub(crate) mod session;
 mod table;
+pub(crate) mod tty;
 
 use std::collections::BTreeSet;
 
 pub use collect::{FilesCollector, FilesDump};
 pub use names::{NameJournal, NewName};
-pub use plan::{Inherited, Obstacle, RestoreFilesError, RestorePlan, RestoreTask};
+pub use plan::{Inherited, Obstacle, RestoreFilesError, RestorePlan, RestoreTask, Terminals};
 pub use restore::FoundFile;
+pub use tty::{Controlled, OpenMaster};
 
 /// How descriptors are to be saved.
 #[derive(Clone, Debug)]
@@ -54,6 +57,8 @@ pub struct FilesOptions {
     /// The inode of the socket to whose other end the tree may be connected to ask for this very dump. Such a connection
     /// has the answer in it when it is restored, and nobody at its other end.
     pub requested_by: Option<u32>,
+    /// Whether the master side of one terminal may be held outside the tree.
+    pub outside_terminal: bool,
     /// Whether file locks are saved.
     pub file_locks: bool,
     /// The number that images give to the tree's network namespace, which sockets name.
@@ -69,6 +74,7 @@ impl Default for FilesOptions {
             outside_stdio: false,
             outside_pipes: false,
             requested_by: None,
+            outside_terminal: false,
             file_locks: false,
             network_namespace_id: None,
         }

@@ -14,10 +14,12 @@ use super::ghost_restore::GhostPlan;
 use super::lock;
 use super::names::Names;
 use super::pipe::PipeContent;
+use super::tty::{Circumstances, TerminalPlan};
 use crate::agent::AgentError;
 use crate::images::file_lock::FileLockEntry;
 use crate::images::files::{FdType, FdinfoEntry, FileEntry};
 use crate::images::pipe::PipeDataEntry;
+use crate::images::tty::{TtyDataEntry, TtyInfoEntry};
 use crate::images::unix::UnixSkEntry;
 use crate::images::{DecodeError, Kind, Reader, decode_all};
 use crate::sockets::{decode_queues, inet, unix};
@@ -91,6 +93,19 @@ pub struct RestoreTask {
     pub parent: Option<usize>,
     /// The number of its descriptor table; 0 for tasks that have none.
     pub files_id: u32,
+    /// The session it is in; none for one that has exited.
+    pub session: i32,
+    /// Whether it is made before the task that makes it begins its session.
+    pub early: bool,
+}
+
+/// What a restore has for terminals whose master side was held outside the tree.
+#[derive(Debug, Default)]
+pub struct Terminals {
+    /// Somebody takes the master of a new one.
+    pub hands_out: bool,
+    /// The terminal of whoever restores, to be shared.
+    pub own: Option<OwnedFd>,
 }
 
 /// Descriptors of ferry's that the first task inherits, by key: the stand-in for an object of the set (`pipe:[INO]`,
@@ -138,6 +153,7 @@ pub struct RestorePlan {
     pub(super) inherited_at: BTreeMap<String, u32>,
     pub(super) ghosts: GhostPlan,
     pub(super) names: Names,
+    pub(super) terminals: TerminalPlan,
     pub(super) base: u32,
     pub(super) end: u32,
 }
@@ -151,6 +167,7 @@ impl RestorePlan {
         read: &mut dyn FnMut(&str) -> std::io::Result<Option<Vec<u8>>>,
         tasks: Vec<RestoreTask>,
         inherited: Inherited,
+        terminals: Terminals,
     ) -> Result<Self, RestoreFilesError> {
         let mut get =
             |name: &str| read(name).map_err(|source| RestoreFilesError::Read { image: name.to_owned(), source });
@@ -189,6 +206,14 @@ impl RestorePlan {
             Some(bytes) => decode_queues(&bytes)?,
             None => HashMap::new(),
         };
+        let infos = match get(&Kind::TtyInfo.name())? {
+            Some(bytes) => decode_all(&Kind::TtyInfo.name(), Kind::TtyInfo, &bytes)?,
+            None => Vec::new(),
+        };
+        let input = match get(&Kind::TtyData.name())? {
+            Some(bytes) => decode_all(&Kind::TtyData.name(), Kind::TtyData, &bytes)?,
+            None => Vec::new(),
+        };
         let entries: HashMap<u32, FileEntry> = files.into_iter().map(|entry| (entry.id, entry)).collect();
         let ghosts = GhostPlan::read(&mut get, &entries)?;
         let mut plan = Self {
@@ -206,10 +231,12 @@ impl RestorePlan {
             inherited_at: BTreeMap::new(),
             ghosts,
             names: Names::default(),
+            terminals: TerminalPlan::default(),
             base: 0,
             end: 0,
         };
-        plan.find_obstacles()?;
+        plan.find_obstacles((infos, input), &terminals)?;
+        plan.share_terminal(terminals.own.as_ref());
         plan.reopen_inherited_pipes();
         plan.arrange();
         plan.check_limit()?;
@@ -245,6 +272,12 @@ impl RestorePlan {
             Some(FileEntry { pipe: Some(pipe), .. }) => format!("pipe:[{}]", pipe.pipe_id),
             Some(FileEntry { usk: Some(socket), .. }) => format!("socket:[{}]", socket.ino),
             Some(FileEntry { isk: Some(socket), .. }) => format!("socket:[{}]", socket.ino),
+            Some(FileEntry { tty: Some(tty), .. }) => {
+                match tty.regf_id.and_then(|id| self.entries.get(&id)).and_then(|entry| entry.reg.as_ref()) {
+                    Some(reg) => String::from_utf8_lossy(&reg.name).into_owned(),
+                    None => "a terminal".into(),
+                }
+            }
             Some(entry) => format!("{:?}", entry.r#type()).to_lowercase(),
             None => format!("description {id}"),
         };
@@ -260,7 +293,11 @@ impl RestorePlan {
     }
 
     /// Checks that the set is whole, and finds what cannot be restored.
-    fn find_obstacles(&mut self) -> Result<(), RestoreFilesError> {
+    fn find_obstacles(
+        &mut self,
+        described: (Vec<TtyInfoEntry>, Vec<TtyDataEntry>),
+        terminals: &Terminals,
+    ) -> Result<(), RestoreFilesError> {
         for table in self.tables.values() {
             for FdinfoEntry { id, fd, .. } in &table.entries {
                 if !self.entries.contains_key(id) {
@@ -278,6 +315,18 @@ impl RestorePlan {
                 obstacles.push(self.obstacle(*task, self.object(*id), problem));
             }
         }
+        let circumstances = Circumstances {
+            hands_out: terminals.hands_out,
+            has_own: terminals.own.is_some(),
+            inherited: &self.inherited,
+        };
+        let held = self.first_holder.keys().copied();
+        let (plan, problems) = TerminalPlan::new(&self.entries, held, described, &self.tasks, circumstances)?;
+        self.terminals = plan;
+        for (id, problem) in problems.into_iter().chain(self.early_holders()) {
+            let task = self.first_holder.get(&id).map_or(0, |(task, _)| *task);
+            obstacles.push(self.obstacle(task, self.object(id), problem));
+        }
         for task in &self.tasks {
             let Some(owner) = self.tables.get(&task.files_id).map(|table| table.owner) else { continue };
             // CLONE_FILES of clone(2): only the one that clones can share its table.
@@ -294,6 +343,38 @@ impl RestorePlan {
         }
         obstacles.sort_by_key(|obstacle| obstacle.pid);
         if obstacles.is_empty() { Ok(()) } else { Err(RestoreFilesError::Obstacles(obstacles)) }
+    }
+
+    /// Descriptions of `/dev/tty` that somebody holds who cannot inherit them from the session's leader.
+    fn early_holders(&self) -> Vec<(u32, String)> {
+        let mut found = Vec::new();
+        for table in self.tables.values() {
+            for FdinfoEntry { id, .. } in &table.entries {
+                let Some(leader) = self.terminals.opened_late.get(id).copied().flatten() else { continue };
+                let (mut task, mut early) = (table.owner, false);
+                while task != leader && task != 0 {
+                    early = self.tasks[task].early;
+                    task = self.tasks[task].parent.unwrap_or(0);
+                }
+                if task != leader || early {
+                    let pid = self.tasks[table.owner].pid;
+                    found
+                        .push((*id, format!("pid {pid} holds it, and was not made by the session that it belongs to")));
+                }
+            }
+        }
+        found
+    }
+
+    /// Every description of a terminal from outside is opened anew from the one that is shared: its flags are the tree's alone.
+    fn share_terminal(&mut self, own: Option<&OwnedFd>) {
+        let Some(own) = own else { return };
+        for id in self.terminals.own.clone() {
+            let flags = self.entries.get(&id).and_then(|entry| entry.tty.as_ref()).map_or(0, |tty| tty.flags);
+            if let Some(opened) = reopen(own, flags) {
+                self.inherited.insert(description_key(id), opened);
+            }
+        }
     }
 
     /// Why a description cannot be restored, if so. An entry that lacks its own part is an error.
@@ -333,6 +414,7 @@ impl RestorePlan {
             FdType::Eventfd => entry.efd.is_some(),
             FdType::Signalfd => entry.sgfd.is_some(),
             FdType::Timerfd => entry.tfd.is_some(),
+            FdType::Tty => entry.tty.is_some(),
             _ => return Ok(Some("objects of this kind cannot be restored yet")),
         };
         if whole { Ok(None) } else { Err(inconsistent(format!("description {id} is not whole"))) }
@@ -362,10 +444,7 @@ impl RestorePlan {
         for (id, entry) in &self.entries {
             let Some(pipe) = &entry.pipe else { continue };
             let Some(given) = self.inherited.get(&format!("pipe:[{}]", pipe.pipe_id)) else { continue };
-            let path = format!("/proc/self/fd/{}", given.as_raw_fd());
-            let flags = OFlags::from_bits_retain(pipe.flags) | OFlags::CLOEXEC | OFlags::NOCTTY;
-            let opened = rustix::fs::open(path, flags, Mode::empty()).map_err(std::io::Error::from);
-            if let Ok(opened) = opened.or_else(|_| given.try_clone()) {
+            if let Some(opened) = reopen(given, pipe.flags) {
                 self.inherited.insert(description_key(*id), opened);
             }
         }
@@ -380,6 +459,7 @@ impl RestorePlan {
                 by_key(name.strip_prefix('/').unwrap_or(&name))
             }
             FileEntry { usk: Some(socket), .. } => by_key(&format!("socket:[{}]", socket.ino)),
+            FileEntry { tty: Some(_), .. } => by_key(self.terminals.given.get(&id)?),
             _ => None,
         })
     }
@@ -391,6 +471,9 @@ impl RestorePlan {
         for table in self.tables.values() {
             for FdinfoEntry { id, fd, .. } in &table.entries {
                 highest = highest.max(*fd);
+                if self.terminals.makes(*id) {
+                    continue;
+                }
                 let unit = units.entry(self.unit_key(*id)).or_insert_with(|| Unit {
                     members: Vec::new(),
                     task: table.owner,
@@ -408,13 +491,14 @@ impl RestorePlan {
         self.units = units.into_values().collect();
         // What is being made may need numbers above the highest when all below are taken; nothing may wait there.
         let members = self.units.iter().map(|unit| unit.members.len()).max().unwrap_or(0) as u32;
-        self.base = highest + 1 + members + SPARE;
+        self.base = highest + 1 + members.max(self.terminals.spare()) + SPARE;
         self.units.sort_by_key(|unit| unit.lowest);
         let mut next = self.base;
         for key in self.inherited.keys() {
             self.inherited_at.insert(key.clone(), next);
             next += 1;
         }
+        next = self.terminals.place(next, &mut self.waiting);
         for unit in &mut self.units {
             unit.members.sort_unstable();
             unit.members.dedup();
@@ -455,8 +539,16 @@ impl RestorePlan {
     }
 }
 
+/// A description of its own of what `given` is, or, where that cannot be had, the same.
+fn reopen(given: &OwnedFd, flags: u32) -> Option<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", given.as_raw_fd());
+    let flags = OFlags::from_bits_retain(flags) | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let opened = rustix::fs::open(path, flags, Mode::empty()).map_err(std::io::Error::from);
+    opened.or_else(|_| given.try_clone()).ok()
+}
+
 /// The key of an inherited descriptor that is one description of the set.
-fn description_key(id: u32) -> String {
+pub(super) fn description_key(id: u32) -> String {
     format!("description {id}")
 }
 
@@ -489,7 +581,7 @@ mod tests {
     use crate::images::pipe::PipeEntry;
 
     fn task(pid: i32, parent: Option<usize>, files_id: u32) -> RestoreTask {
-        RestoreTask { pid: NsPid(pid), comm: "t".into(), parent, files_id }
+        RestoreTask { pid: NsPid(pid), comm: "t".into(), parent, files_id, session: 1, early: false }
     }
 
     fn descriptor(fd: u32, id: u32) -> FdinfoEntry {
@@ -518,7 +610,7 @@ mod tests {
             let table = tables.iter().find(|(number, _)| name == Kind::Fdinfo.name_for(*number));
             Ok(table.map(|(_, entries)| encode(Kind::Fdinfo, entries)))
         };
-        RestorePlan::new(&mut read, tasks, Inherited::new())
+        RestorePlan::new(&mut read, tasks, Inherited::new(), Terminals::default())
     }
 
     #[test]
@@ -556,7 +648,7 @@ mod tests {
         let hollow = FileEntry { r#type: FdType::Pipe as i32, id: 3, ..FileEntry::default() };
         let hollow = plan(&[hollow], &[(1, vec![descriptor(0, 3)])], vec![task(1, None, 1)]);
         assert!(matches!(hollow, Err(RestoreFilesError::Inconsistent { .. })));
-        let unknown = FileEntry { r#type: FdType::Tty as i32, id: 3, ..FileEntry::default() };
+        let unknown = FileEntry { r#type: FdType::Bpfmap as i32, id: 3, ..FileEntry::default() };
         let unknown = plan(&[unknown], &[(1, vec![descriptor(0, 3)])], vec![task(1, None, 1)]);
         assert!(matches!(unknown, Err(RestoreFilesError::Obstacles(all)) if all.len() == 1));
     }

@@ -3,15 +3,18 @@
 //! proc(5): a link in `/proc/PID/fd` is the path from the root of the file's mount namespace, whatever the process's own root,
 //! followed by ` (deleted)` when that name is gone. statx(2) through the link tells inode and mount (Linux 5.8) without a duplicate.
 
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, statx};
 
 use super::Problem;
 use super::session::{Done, Session, Temporary};
 use crate::images::regfile::RegFileEntry;
-use crate::namespaces::MountTable;
+use crate::namespaces::{Mount, MountTable};
 use crate::sys::HostPid;
 
 /// What is asked of every object by statx(2).
@@ -130,6 +133,31 @@ impl Paths {
         })
     }
 
+    /// The name of a terminal, and the devpts instance that it belongs to. The kernel makes slaves' names, so that one which is
+    /// gone stands for its index; a terminal from outside the mounts keeps its name.
+    pub fn terminal(&self, found: &Found<'_>, is_slave: bool) -> Result<(Name, u64), Problem> {
+        let path = found.name.strip_suffix(DELETED).unwrap_or(found.name).to_vec();
+        let mount = self.mounts.get(found.mnt_id);
+        let mnt_id = mount.filter(|_| !self.mounts.is_own()).map(|mount| mount.id);
+        let is_there = found.name.len() == path.len();
+        if mount.is_some() && is_there && !self.leads_to(found.name, found.stat) {
+            return Err(Problem::new(
+                "its path now leads to another file: something was mounted or put in its place",
+                "have the program close it, or unmount what covers it",
+            ));
+        }
+        let own = libc::makedev(found.stat.stx_dev_major, found.stat.stx_dev_minor);
+        let is_devpts = |mount: &&Mount| mount.fs_type == "devpts";
+        // A node elsewhere stands for the instance that is mounted beside it (Documentation/filesystems/devpts.rst).
+        let beside =
+            || self.mounts.lookup(&Path::new(OsStr::from_bytes(&path)).parent()?.join("pts")).filter(is_devpts);
+        let instance = match mount.filter(is_devpts) {
+            None if !is_slave => beside().map_or(own, |mount| mount.device.to_stat()),
+            _ => own,
+        };
+        Ok((Name { path, mnt_id, deleted: false }, instance))
+    }
+
     /// The root of the tree's mount namespace, where it can be reached.
     pub fn root(&self) -> Option<BorrowedFd<'_>> {
         self.root.as_ref().map(AsFd::as_fd)
@@ -154,10 +182,6 @@ pub fn check_type(found: &Found<'_>) -> Result<(), Problem> {
     match found.file_type() {
         FileType::CharacterDevice if !found.is_path_only() => match stat.stx_rdev_major {
             MEM_MAJOR => Ok(()),
-            4 | 5 | 136..=143 => Err(Problem::new(
-                "terminals cannot be saved yet",
-                "start the program with its input and output in files, pipes or /dev/null",
-            )),
             _ => Err(Problem::new(
                 format!("the driver of character device {device} holds state that cannot be saved"),
                 "have the program close it",

@@ -1,6 +1,6 @@
 //! Carrying out a [`RestorePlan`], task by task.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, openat2, statx};
 
@@ -13,6 +13,7 @@ use super::pipe::{directions, restore_fifo, restore_pipe};
 use super::plan::{Obstacle, RestoreFilesError, RestorePlan, Unit, inconsistent};
 use super::regular::{STATX, open_flags, restore_regular};
 use super::session::{Done, Numbers, Place, Session, SessionError, Temporary, compare};
+use super::tty::OpenMaster;
 use crate::agent::Runner;
 use crate::images::event::EventpollTfdEntry;
 use crate::images::files::{FdType, FileEntry};
@@ -34,7 +35,8 @@ pub enum FoundFile<'a> {
 
 impl RestorePlan {
     /// Readies the first task, cloned by ferry and at home in its mounts: deleted files are there again, its
-    /// descriptor limit is as high as it may be, and it holds nothing but what was handed down.
+    /// descriptor limit is as high as it may be, and it holds nothing but what was handed down and all pseudoterminals, of
+    /// which it may have some masters `open` already. Returns the masters that whoever restores gets.
     ///
     /// `journal` is told of the names that are given in file systems.
     ///
@@ -44,13 +46,28 @@ impl RestorePlan {
     ///
     /// # Errors
     /// [`RestoreFilesError`]; what was made outside the task is removed when the plan is dropped.
-    pub fn prepare(&mut self, first: &Runner, journal: Option<Box<dyn NameJournal>>) -> Result<(), RestoreFilesError> {
+    pub fn prepare(
+        &mut self,
+        first: &Runner,
+        open: &[OpenMaster],
+        journal: Option<Box<dyn NameJournal>>,
+    ) -> Result<Vec<OwnedFd>, RestoreFilesError> {
         let mut numbers = Numbers::default();
         let mut moves = Vec::new();
         for (key, descriptor) in &self.inherited {
             let number = descriptor.as_raw_fd() as u32;
             numbers.take(number);
             moves.push((Temporary::known(number), vec![Place { number: self.inherited_at[key], cloexec: true }]));
+        }
+        let first_master = self.base + self.inherited_at.len() as u32;
+        let masters = first_master + self.terminals.pairs.len() as u32;
+        let mut unused: Vec<u32> = (first_master..masters).collect();
+        for pair in &self.terminals.pairs {
+            if let Some(number) = self.master_of(pair, open) {
+                numbers.take(number);
+                moves.push((Temporary::known(number), vec![Place { number: pair.master_at, cloexec: true }]));
+                unused.retain(|number| *number != pair.master_at);
+            }
         }
         let scratch = self.scratch().max(moves.iter().map(|(from, _)| from.number() + 1).max().unwrap_or(0));
         let run = || -> Done {
@@ -61,11 +78,18 @@ impl RestorePlan {
             session.must_around("raise its descriptor limit", libc::SYS_prlimit64, &resource, &words, &[0])?;
             session.settle(moves)?;
             session.close_range(0, self.base - 1)?;
-            session.close_range(self.base + self.inherited_at.len() as u32, u32::MAX)?;
+            session.close_range(masters, u32::MAX)?;
+            for number in unused {
+                session.try_call(libc::SYS_close, &[number.into()])?;
+            }
             session.finish().map(drop)
         };
+        let unheld = self.take_unheld(first, open)?;
         run().map_err(|error| self.explain(0, error))?;
-        self.give_names(first.tid(), journal)
+        self.give_names(first.tid(), journal)?;
+        let mut masters = self.make_terminals(first, open)?;
+        masters.extend(unheld.filter(|_| masters.is_empty()));
+        Ok(masters)
     }
 
     /// Gives the names that the tasks will open, and tells of those that they will bind sockets to.
@@ -197,6 +221,7 @@ impl RestorePlan {
             FdType::Eventfd => entry.efd.as_ref().map(|event| (&event.fown, event.flags))?,
             FdType::Signalfd => entry.sgfd.as_ref().map(|signal| (&signal.fown, signal.flags))?,
             FdType::Timerfd => entry.tfd.as_ref().map(|timer| (&timer.fown, timer.flags))?,
+            FdType::Tty => entry.tty.as_ref().map(|tty| (&tty.fown, tty.flags))?,
             _ => return None,
         })
     }
@@ -205,7 +230,7 @@ impl RestorePlan {
         self.entries.get(&entry.fifo.as_ref()?.regf_id?)?.reg.as_ref()
     }
 
-    fn scratch(&self) -> u32 {
+    pub(super) fn scratch(&self) -> u32 {
         self.end - 1
     }
 
@@ -360,7 +385,10 @@ impl RestorePlan {
         let mut obstacles = Vec::new();
         for (id, entry) in &self.entries {
             let Some(reg) = &entry.reg else { continue };
-            let skipped = reg.ext == Some(true) || self.ghosts.is_remapped(*id) || self.stand_in(*id).is_some();
+            let skipped = reg.ext == Some(true)
+                || self.terminals.files.contains(id)
+                || self.ghosts.is_remapped(*id)
+                || self.stand_in(*id).is_some();
             if skipped || !on_mount(reg.mnt_id) {
                 continue;
             }
@@ -375,7 +403,7 @@ impl RestorePlan {
     }
 
     /// Puts a session's failure into words.
-    fn explain(&self, task: usize, error: SessionError) -> RestoreFilesError {
+    pub(super) fn explain(&self, task: usize, error: SessionError) -> RestoreFilesError {
         let task = &self.tasks[task];
         let (pid, comm) = (task.pid, task.comm.clone());
         match error {

@@ -17,6 +17,7 @@ use super::kind::{NamespaceIds, NamespaceKind};
 use super::mounts::{Finding, MountPlan, RestoreMountsError};
 use super::{ipc, net, time, uts};
 use crate::agent::{AgentError, Runner};
+use crate::files::OpenMaster;
 use crate::images::core::CoreEntry;
 use crate::images::ids::TaskKobjIdsEntry;
 use crate::images::inventory::InventoryEntry;
@@ -322,11 +323,12 @@ impl RestorePlan {
         })
     }
 
-    /// Gives the root's namespaces their content. It sits in its runner, in its cgroups, and has no children yet.
+    /// Gives the root's namespaces their content. It sits in its runner, in its cgroups, and has no children yet. Returns the
+    /// masters of terminals that it has open because their slaves are mounted somewhere.
     ///
     /// # Errors
     /// [`RestoreNamespacesError`]; ending the root undoes what was made.
-    pub fn restore(&self, root: &Runner, pid: HostPid) -> Result<(), RestoreNamespacesError> {
+    pub fn restore(&self, root: &Runner, pid: HostPid) -> Result<Vec<OpenMaster>, RestoreNamespacesError> {
         let mut batch = root.batch();
         for (kind, namespace) in self.joined.iter().filter(|(kind, _)| *kind != NamespaceKind::Pid) {
             // The root has inherited the descriptor.
@@ -344,10 +346,10 @@ impl RestorePlan {
         // Both mostly wait for the kernel.
         std::thread::scope(|scope| {
             let others = scope.spawn(|| self.restore_from_outside(pid));
-            let mounts = self.mounts.as_ref().map_or(Ok(()), |mounts| mounts.restore(root, pid));
+            let mounts = self.mounts.as_ref().map_or(Ok(Vec::new()), |mounts| mounts.restore(root, pid));
             let others = others.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            mounts?;
-            others
+            let open = mounts?;
+            others.map(|()| open)
         })
     }
 

@@ -4,7 +4,7 @@
 //! their births, and what it hands over to all of them: memory that is a nameless file.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
 use rustix::fs::{Mode, OFlags};
@@ -16,7 +16,9 @@ use super::error::{Obstacle, RestoreError};
 use super::live::LiveTree;
 use super::script::{Data, Script};
 use crate::fault::RestoreStep;
-use crate::files::{self, FoundFile, Inherited, NameJournal, RestorePlan, RestoreTask};
+use crate::files::{
+    self, Controlled, FoundFile, Inherited, NameJournal, OpenMaster, RestorePlan, RestoreTask, Terminals,
+};
 use crate::images::ImageSet;
 use crate::sys::NsPid;
 
@@ -36,6 +38,7 @@ impl Files {
         checkpoint: &Checkpoint,
         tree: &TreePlan,
         inherited: Inherited,
+        terminals: Terminals,
     ) -> Result<Self, RestoreError> {
         let mut places = HashMap::new();
         let mut tasks = Vec::new();
@@ -47,11 +50,13 @@ impl Files {
                 comm: member.map_or_else(String::new, |task| task.comm.clone()),
                 parent: birth.maker.task().map(|maker| places[&maker]),
                 files_id: member.filter(|task| !task.is_zombie()).map_or(0, |task| task.ids.files_id),
+                session: member.filter(|task| !task.is_zombie()).map_or(0, |task| task.session),
+                early: birth.early,
             });
             places.insert(birth.task, tasks.len() - 1);
         }
         let mut read = |name: &str| images.bytes(name).map_err(std::io::Error::other);
-        Ok(Self { plan: RestorePlan::new(&mut read, tasks, inherited)?, places })
+        Ok(Self { plan: RestorePlan::new(&mut read, tasks, inherited, terminals)?, places })
     }
 
     /// Looks for files that are missing or changed below `root`.
@@ -83,9 +88,31 @@ impl Files {
         self.plan.inherited_number(key)
     }
 
-    /// Readies the first task; `journal` is told of names that are given in file systems.
-    pub fn prepare(&mut self, live: &LiveTree, journal: Option<Box<dyn NameJournal>>) -> Result<(), RestoreError> {
-        Ok(self.plan.prepare(&live.task(0).runner, journal)?)
+    /// Readies the first task, which has some masters of terminals open; `journal` is told of names that are given in file
+    /// systems. Returns the masters that go to whoever restores.
+    pub fn prepare(
+        &mut self,
+        live: &LiveTree,
+        open: &[OpenMaster],
+        journal: Option<Box<dyn NameJournal>>,
+    ) -> Result<Vec<OwnedFd>, RestoreError> {
+        Ok(self.plan.prepare(&live.task(0).runner, open, journal)?)
+    }
+
+    /// The terminal that controls the session of a leader.
+    pub fn terminal_of(&self, leader: usize) -> Option<Controlled> {
+        let place = *self.places.get(&leader)?;
+        self.plan.controlled().into_iter().find(|controlled| controlled.leader == place)
+    }
+
+    /// Whether a leader opens `/dev/tty` as soon as its session has its terminal.
+    pub fn opens_terminal(&self, leader: usize) -> bool {
+        self.places.get(&leader).is_some_and(|place| self.plan.opens_controlling(*place))
+    }
+
+    /// Opens it.
+    pub fn open_terminal(&self, live: &LiveTree, leader: usize) -> Result<(), RestoreError> {
+        Ok(self.plan.open_controlling(Some(self.places[&leader]), &live.task(leader).runner)?)
     }
 
     /// Makes what a task shares with those that it will make.

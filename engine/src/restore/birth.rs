@@ -78,6 +78,8 @@ pub struct TreePlan {
     pub waves: Vec<Vec<Birth>>,
     /// Tasks that become leaders of a group of their own without leading a session.
     pub group_leaders: Vec<usize>,
+    /// The numbers of their groups.
+    pub groups_led: Vec<i32>,
     /// Tasks that join a group then.
     pub joins: Vec<(usize, i32)>,
 }
@@ -132,6 +134,11 @@ fn led_from_below(members: &[Member], session: i32, ancestor: usize) -> bool {
 }
 
 impl TreePlan {
+    /// Whether a task of the tree leads this group, without leading a session.
+    pub fn leads_group(&self, group: i32) -> bool {
+        self.groups_led.contains(&group)
+    }
+
     fn sessions(&mut self, members: &[Member], places: &HashMap<i32, usize>) -> Vec<(Maker, bool)> {
         let wanted = birth_sessions(members);
         let mut makers: Vec<(Maker, bool)> = Vec::with_capacity(members.len());
@@ -188,6 +195,7 @@ impl TreePlan {
             }
             if member.group == member.pid {
                 self.group_leaders.push(place);
+                self.groups_led.push(member.group);
                 continue;
             }
             let led =

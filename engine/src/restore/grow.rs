@@ -16,6 +16,7 @@ use crate::agent::{Runner, Slot};
 use crate::fault::RestoreStep;
 use crate::procfs;
 use crate::sys::clone::{CloneArguments, FirstTask, clone_into_runner};
+use crate::sys::terminal::{TIOCSCTTY, TIOCSPGRP};
 use crate::sys::{HostPid, NsPid, pidns, ptrace};
 
 const RSEQ_UNREGISTER: u64 = 1;
@@ -110,6 +111,15 @@ impl Restore<'_> {
             }
             if self.leads_session(maker) {
                 script.must("begin it", "session", libc::SYS_setsid, &[]);
+                // Only children that are made from now on have the terminal too.
+                if let Some(terminal) = self.files.terminal_of(maker) {
+                    let arguments = [terminal.number.into(), TIOCSCTTY, 0];
+                    script.must("give it its terminal", "session", libc::SYS_ioctl, &arguments);
+                }
+                if self.files.opens_terminal(maker) {
+                    self.live.run(vec![(maker, std::mem::take(&mut script))])?;
+                    self.files.open_terminal(&self.live, maker)?;
+                }
             }
             for birth in births.iter().filter(of_maker).filter(|birth| !birth.early) {
                 if !matches!(birth.maker, Maker::Grandparent(_)) {
@@ -251,6 +261,26 @@ impl Restore<'_> {
             (*place, script)
         };
         self.live.run(self.plan.tree.joins.iter().map(join).collect()).map(drop)
+    }
+
+    /// Gives each terminal the foreground group that it had. All signals are blocked, so that a task may do so that is not in it.
+    pub(super) fn make_foreground(&mut self) -> Result<(), RestoreError> {
+        let mut scripts = Vec::new();
+        for place in self.live.living().map(|(place, _)| place) {
+            let Some(terminal) = self.files.terminal_of(place).filter(|terminal| terminal.group != 0) else { continue };
+            let mut script = Script::default();
+            let data = super::script::Data { argument: 2, bytes: terminal.group.to_ne_bytes().to_vec(), inner: None };
+            let arguments = [terminal.number.into(), TIOCSPGRP, 0];
+            if self.leads_session(place) {
+                let object = format!("process group {}", terminal.group);
+                script.with_data("bring it to the foreground", object, libc::SYS_ioctl, &arguments, data);
+            } else if self.plan.tree.leads_group(terminal.group) {
+                // The terminal of whoever restores: it may not control ferry's session after all.
+                script.attempt_with(libc::SYS_ioctl, &arguments, data);
+            }
+            scripts.push((place, script));
+        }
+        self.live.run(scripts).map(drop)
     }
 
     /// Ends the helpers without a trace, and the tasks that had exited with one.

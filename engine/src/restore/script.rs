@@ -161,6 +161,13 @@ impl Script {
         self.calls.len() - 1
     }
 
+    /// A call that may fail, with bytes that the task reads.
+    pub fn attempt_with(&mut self, number: i64, arguments: &[u64], data: Data) {
+        let planned = self.push("", Object::Named(String::new()), number, arguments);
+        planned.may_fail = true;
+        planned.data = Some(data);
+    }
+
     /// Any call that may fail. Returns its place among the results.
     pub fn attempt(&mut self, number: i64, arguments: &[u64]) -> usize {
         self.push("", Object::Named(String::new()), number, arguments).may_fail = true;

@@ -17,6 +17,7 @@ pub mod ptrace;
 pub mod robust;
 pub mod shared;
 pub mod sockopt;
+pub mod terminal;
 pub mod touched;
 pub mod userfaultfd;
 pub mod view;

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 
 use ferry_engine::agent::{Area, NODE, Runner, watch};
-use ferry_engine::files::{FilesCollector, FilesDump, FilesOptions, Inherited, RestorePlan, RestoreTask};
+use ferry_engine::files::{FilesCollector, FilesDump, FilesOptions, Inherited, RestorePlan, RestoreTask, Terminals};
 use ferry_engine::images::{Kind, encode};
 use ferry_engine::sys::clone::{FirstTask, clone_into_runner};
 use ferry_engine::sys::robust::RobustList;
@@ -102,8 +102,10 @@ pub fn plan(
         comm: format!("task{index}"),
         parent: *parent,
         files_id: *files_id,
+        session: 0,
+        early: false,
     });
-    RestorePlan::new(&mut |name| Ok(images.get(name).cloned()), tasks.collect(), inherited)
+    RestorePlan::new(&mut |name| Ok(images.get(name).cloned()), tasks.collect(), inherited, Terminals::default())
 }
 
 /// Fresh tasks in runners, the first cloned from this process.
@@ -145,7 +147,7 @@ impl Tasks {
     /// Carries out a plan whose task list names the parents in `parents` for all but the first.
     pub fn restore(plan: &mut RestorePlan, parents: &[usize]) -> Result<Self, ferry_engine::files::RestoreFilesError> {
         let mut tasks = Self::start();
-        plan.prepare(&tasks.runners[0], None)?;
+        plan.prepare(&tasks.runners[0], &[], None)?;
         for task in 0..=parents.len() {
             if task > 0 {
                 tasks.fork(parents[task - 1]);

@@ -50,6 +50,8 @@ fn options(plan: &Plan, pid: i32) -> Result<DumpOptions, Failure> {
     plan.worker.oversee(&mut options);
     options.files.file_locks = plan.args.file_locks;
     options.files.outside_stdio = true;
+    let has_terminal = plan.spec.process().as_ref().is_some_and(|process| process.terminal().unwrap_or(false));
+    options.files.outside_terminal = has_terminal || plan.args.shell_job;
     let key = |path: &Path| path.display().to_string();
     let mut outside = externals::mounts(plan.spec, &container.bundle, &container.rootfs, &container.cgroup);
     // A masked folder has an empty tmpfs of its own over it, which is saved like any other.

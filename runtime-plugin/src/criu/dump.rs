@@ -61,6 +61,7 @@ fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
     dump.cgroups = super::cgroups::options(options)?;
     dump.files.file_locks = options.file_locks;
     dump.files.outside_stdio = options.shell_job;
+    dump.files.outside_terminal = options.shell_job;
     dump.namespaces.empty_net = options.empty_ns.iter().any(|kind| kind == "net");
     let by_map = options.ext_mount_map.iter().map(|map| match map.split_once(':') {
         Some((point, key)) => format!("mnt[{point}]:{key}"),

@@ -7,7 +7,7 @@ use ferry_engine::fault::Faults;
 use ferry_engine::file_tree::{DELETED_FILES, ROOTFS_DIFF};
 use ferry_engine::images::{FolderSource, ImageSet, Source as ImageSource};
 use ferry_engine::namespaces::RestoreNamespaceOptions;
-use ferry_engine::restore::{RestoreOptions, Stage, restore};
+use ferry_engine::restore::{RestoreOptions, Stage, TakeTerminal, restore};
 use ferry_engine::sys::HostPid;
 use ferry_hooks::{State, Status};
 
@@ -46,6 +46,10 @@ pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
         notify: Some(Box::new(|stage, root| run_hooks(plan, stage, root).and_then(|()| layer.at_stage(stage)))),
         progress: Some(Box::new(|phase| layer.at_phase(phase))),
         inherited: stdio_from_here(&stdio)?,
+        terminal: crate::console::own_terminal(plan.args.shell_job)?,
+        terminal_master: plan.console.socket().map(|_| -> TakeTerminal<'_> {
+            Box::new(|master| plan.console.pass(&master).map_err(|error| error.to_string()))
+        }),
         faults: Faults::new(plan.args.fault.iter().copied()),
         ..RestoreOptions::default()
     };

@@ -1,6 +1,6 @@
 //! What ferry saves of threads and processes and CRIU's format has no place for.
 //!
-//! These are fields of `core` messages with numbers far above the format's own, so that CRIU and `crit` pass over them. A
+//! These are fields of `core`, socket and terminal messages with numbers far above the format's own, so that CRIU and `crit` pass over them. A
 //! field is absent when it has the kernel's default. What an image without them (one of CRIU's) restores to is that default.
 
 /// State of one thread.
@@ -74,4 +74,12 @@ pub struct FerryTcpEntry {
     /// How many connections with data in their first segment may wait (`TCP_FASTOPEN`).
     #[prost(uint32, optional, tag = "3")]
     pub fastopen: Option<u32>,
+}
+
+/// State of a pseudoterminal's master side.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct FerryTtyEntry {
+    /// Whether its slave side has been open and is closed everywhere, so that reading ends with `EIO`.
+    #[prost(bool, optional, tag = "1")]
+    pub abandoned: Option<bool>,
 }

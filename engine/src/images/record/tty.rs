@@ -1,5 +1,6 @@
 //! Terminals: descriptions in `files.img`, devices in `tty-info.img`, unread input in `tty-data.img` (`termios(3)`).
 
+use super::extension::FerryTtyEntry;
 use super::fown::FownEntry;
 
 /// A description of a terminal.
@@ -63,6 +64,8 @@ pub struct TtyInfoEntry {
     pub uid: Option<u32>,
     #[prost(uint32, optional, tag = "15")]
     pub gid: Option<u32>,
+    #[prost(message, optional, tag = "1000")]
+    pub ferry: Option<FerryTtyEntry>,
 }
 
 /// Terminal settings; `c_cc` holds 19 control characters, one a word.

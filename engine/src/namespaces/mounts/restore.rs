@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 
 use super::Finding;
@@ -23,9 +24,12 @@ use super::script::{Script, StepError};
 use super::source::{self, Source};
 use crate::agent::{AgentError, Runner};
 use crate::file_tree::unpack;
+use crate::files::OpenMaster;
 use crate::images::mnt::MntEntry;
 use crate::images::{ImageSet, Kind, RawImage};
+use crate::namespaces::mountinfo::Mount;
 use crate::sys::HostPid;
+use crate::sys::terminal::TIOCGPTN;
 
 const CURRENT: u64 = libc::AT_FDCWD as u64;
 const OPEN_TREE_CLONE: u64 = 1;
@@ -66,7 +70,7 @@ pub enum RestoreMountsError {
     Agent(#[from] AgentError),
     /// A call failed.
     #[error("{object}: cannot {step}: {errno}")]
-    Call { object: String, step: &'static str, errno: nix::errno::Errno },
+    Call { object: String, step: &'static str, errno: Errno },
     /// Content could not be unpacked.
     #[error("cannot fill the tmpfs at {point}: {source}")]
     Content { point: PathBuf, source: io::Error },
@@ -195,10 +199,12 @@ impl MountPlan {
     }
 
     /// Makes all mounts in the mount namespace of the root task, which is new.
-    pub fn restore(&self, runner: &Runner, pid: HostPid) -> Result<(), RestoreMountsError> {
+    ///
+    /// A slave of a terminal is mounted only while its master is open: those masters are returned, open in the task.
+    pub fn restore(&self, runner: &Runner, pid: HostPid) -> Result<Vec<OpenMaster>, RestoreMountsError> {
         let mut script = Script::new(runner);
         self.enter_root(&mut script)?;
-        let mut maker = Maker { plan: self, pid, unfilled: HashSet::new() };
+        let mut maker = Maker { plan: self, pid, unfilled: HashSet::new(), masters: Vec::new() };
         maker.after_mount(&mut script, self.root)?;
         for &place in &self.order {
             maker.mount(&mut script, place)?;
@@ -208,7 +214,7 @@ impl MountPlan {
         }
         self.restore_propagation(&mut script)?;
         script.finish()?;
-        Ok(())
+        Ok(maker.masters)
     }
 
     /// Keeps what is given from outside, and makes the new root the task's root.
@@ -304,6 +310,8 @@ struct Maker<'a> {
     pid: HostPid,
     /// Mounts whose content is still to be unpacked.
     unfilled: HashSet<usize>,
+    /// Open masters of terminals.
+    masters: Vec<OpenMaster>,
 }
 
 impl Maker<'_> {
@@ -362,6 +370,9 @@ impl Maker<'_> {
         for (bound, source) in plan.sources.iter().enumerate() {
             let Source::Bind { of, part } = source else { continue };
             if *of == place {
+                if let Some(index) = terminal_index(mount, part) {
+                    self.open_master(script, mount, index)?;
+                }
                 script.make_room()?;
                 let path = if part.as_os_str().is_empty() { mount.point.clone() } else { mount.point.join(part) };
                 let path = script.path(path.as_os_str().as_bytes());
@@ -399,6 +410,38 @@ impl Maker<'_> {
         Ok(())
     }
 
+    /// Has the task open masters in a devpts, whose index is the lowest free one, until there is that with `index`.
+    fn open_master(
+        &mut self,
+        script: &mut Script<'_, Kept>,
+        devpts: &Mount,
+        index: u32,
+    ) -> Result<(), RestoreMountsError> {
+        script.run()?;
+        let instance = devpts.device.to_stat();
+        let failed = |step, errno| RestoreMountsError::Call { object: format!("terminal {index}"), step, errno };
+        let is_it = |open: &OpenMaster| (open.instance, open.index) == (instance, index);
+        while !self.masters.iter().any(is_it) {
+            let mut batch = script.runner().batch();
+            let path = batch.path(devpts.point.join("ptmx").as_os_str().as_bytes());
+            let flags = (libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) as u64;
+            let open = batch.must(libc::SYS_openat, &[CURRENT, path.0, flags]);
+            let got = batch.space(4);
+            let ask = batch.must(libc::SYS_ioctl, &[0, TIOCGPTN, got.addr.0]);
+            batch.pass(open, ask, 0);
+            let answers = batch.run()?;
+            let number = answers.result(open).map_err(|errno| failed("open its master side", errno))? as u32;
+            answers.result(ask).map_err(|errno| failed("read its index", errno))?;
+            let found = answers.u32_at(got, 0);
+            if found > index {
+                return Err(failed("have it again: its index is in use", Errno::EBUSY));
+            }
+            self.masters.push(OpenMaster { instance, index: found, number, mounted: false });
+        }
+        self.masters.iter_mut().filter(|open| is_it(open)).for_each(|open| open.mounted = true);
+        Ok(())
+    }
+
     /// Unpacks the content of a tmpfs, unless that has been done.
     fn fill(&mut self, script: &mut Script<'_, Kept>, place: usize) -> Result<(), RestoreMountsError> {
         if !self.unfilled.remove(&place) {
@@ -412,6 +455,11 @@ impl Maker<'_> {
         }
         self.after_mount(script, place)
     }
+}
+
+/// The index of the terminal whose slave is a part of a devpts.
+fn terminal_index(devpts: &Mount, part: &Path) -> Option<u32> {
+    part.to_str().filter(|_| devpts.fs_type == "devpts")?.parse().ok()
 }
 
 /// A folder in the root of a task; no link on the way leads out of it.

@@ -34,6 +34,11 @@ impl<'a, K: Copy + Eq + Hash> Script<'a, K> {
         Self { runner, batch: runner.batch(), steps: Vec::new(), descriptors: HashMap::new() }
     }
 
+    /// The task.
+    pub fn runner(&self) -> &'a Runner {
+        self.runner
+    }
+
     /// Appends a call about `object`.
     pub fn call(&mut self, object: &str, step: &'static str, number: i64, arguments: &[u64]) -> Call {
         let call = self.batch.must(number, arguments);

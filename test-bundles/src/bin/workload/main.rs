@@ -26,6 +26,7 @@ mod signals;
 mod sockets;
 mod sys;
 mod task;
+mod terminals;
 mod threads;
 mod timers;
 mod tree;
@@ -80,6 +81,8 @@ fn groups() -> Vec<&'static [Workload]> {
         workloads!(sockets: tcp_listener, tcp6_listener, unix_listener, unix_abstract_listener, unix_listener_options),
         workloads!(sockets: unix_connected, unix_datagram, udp),
         workloads!(devices: devices),
+        workloads!(terminals: terminal, terminal_settings, terminal_input, terminal_session, terminal_controlling),
+        workloads!(terminals: terminal_hung_up, terminal_modes, terminal_outside),
         workloads!(locks: futex_between_processes),
         workloads!(service: service),
         workloads!(freezing: spinning),

@@ -20,17 +20,6 @@ fn tcp_connected(_: &Room) -> Result<Check, Fault> {
     }))
 }
 
-fn terminal(_: &Room) -> Result<Check, Fault> {
-    let (mut master, mut slave) = (0, 0);
-    sys!(openpty(&mut master, &mut slave, std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut()))?;
-    Ok(Box::new(move || {
-        sys!(write(master, b"line\n".as_ptr().cast(), 5))?;
-        let mut bytes = [0u8; 20];
-        same!("length of the line", sys!(read(slave, bytes.as_mut_ptr().cast(), 20))?, 5);
-        sys!(tcflush(master, libc::TCIOFLUSH)).map(|_| ())
-    }))
-}
-
 fn inotify(room: &Room) -> Result<Check, Fault> {
     let watch = sys!(inotify_init1(libc::IN_NONBLOCK))? as i32;
     let dir = room.path("watched");
@@ -127,7 +116,6 @@ const fn row(name: &'static str, setup: fn(&Room) -> Result<Check, Fault>) -> Wo
 /// The workloads of this file.
 pub const WORKLOADS: &[Workload] = &[
     row("tcp_connected", tcp_connected),
-    row("terminal", terminal),
     row("inotify", inotify),
     row("memfd", memfd),
     row("pidfd", pidfd),
