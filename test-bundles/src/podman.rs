@@ -146,6 +146,11 @@ impl Drop for Podman<'_> {
             let quiet = command.args(["rm", "--all", "--force", "--time", "0"]).stdin(Stdio::null());
             let _ = quiet.stdout(Stdio::null()).stderr(Stdio::null()).status();
         }
+        // conmon ends last, after a `podman container cleanup` that it starts.
+        let _ = processes::wait_for("conmon to end", || {
+            processes::reap();
+            processes::below().is_empty()
+        });
         let overlay = self.place.path("podman/root/overlay");
         let _ = rustix::mount::unmount(&overlay, rustix::mount::UnmountFlags::DETACH);
         let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
