@@ -50,7 +50,7 @@ impl<'place> Podman<'place> {
     }
 
     /// What the engine's logs say went wrong: runtimes only name the file.
-    fn reasons(&self) -> String {
+    pub fn reasons(&self) -> String {
         let containers = std::fs::read_dir(self.place.path("podman/root/overlay-containers")).into_iter().flatten();
         let folders = containers.flatten().map(|entry| entry.path().join("userdata"));
         let logs = folders.flat_map(|folder| ["dump.log", "restore.log"].map(|name| folder.join(name)));

@@ -72,8 +72,9 @@ fn without_files_with_locks(runtime: PathBuf) -> Outcome {
     podman.run(&["exec", NAME, "sh", "-c", "echo gone > /etc/gone"])?;
     let archive = place.path("archive.tar").to_string_lossy().into_owned();
     let refused = programs::run(podman.command()?.args(["container", "checkpoint", NAME]))?;
-    if refused.status.success() || !programs::said(&refused).contains("--file-locks") {
-        return Err(format!("a lock is no reason to refuse: {}", programs::said(&refused)));
+    let told = programs::said(&refused) + &podman.reasons();
+    if refused.status.success() || !["pid 1", "/work/locked", "--file-locks"].iter().all(|word| told.contains(word)) {
+        return Err(format!("a lock is no reason to refuse: {told}"));
     }
     podman.is_well("a refused checkpoint")?;
     podman.checkpoint(&["--file-locks", "--ignore-rootfs", "--export", &archive])?;
@@ -99,4 +100,19 @@ fn ferry_is_the_runtime_through_archives() -> Outcome {
 #[test]
 fn ferry_is_the_runtime_without_files_with_locks() -> Outcome {
     without_files_with_locks(programs::ferry()?)
+}
+
+#[test]
+fn runc_is_the_runtime_in_place() -> Outcome {
+    in_place(programs::installed("runc")?)
+}
+
+#[test]
+fn runc_is_the_runtime_through_archives() -> Outcome {
+    archives(programs::installed("runc")?)
+}
+
+#[test]
+fn runc_is_the_runtime_without_files_with_locks() -> Outcome {
+    without_files_with_locks(programs::installed("runc")?)
 }
