@@ -29,8 +29,9 @@ use crate::memory::reader::{PageReader, ReadPagesError};
 use crate::memory::staging::Staging;
 use crate::namespaces::{CollectNamespacesError, DumpNamespacesError, NamespaceOptions};
 use crate::preflight;
+use crate::progress::{Metered, Progress};
 use crate::sys::robust::RobustList;
-use crate::sys::{HostPid, ptrace};
+use crate::sys::{HostPid, PAGE_SIZE, ptrace};
 use crate::task::TaskError;
 use stages::Listening;
 
@@ -73,6 +74,8 @@ pub struct DumpOptions {
     pub namespaces: NamespaceOptions,
     /// Cgroups.
     pub cgroups: CgroupOptions,
+    /// Whom to tell of written memory.
+    pub progress: Progress,
     /// What ends the dump early. Not looked at any more once the images are complete.
     pub cancel: Cancel,
     /// What a test lets go wrong.
@@ -108,6 +111,7 @@ impl Default for DumpOptions {
             freezer: None,
             files: FilesOptions::default(),
             namespaces: NamespaceOptions::default(),
+            progress: Progress::default(),
             cancel: Cancel::default(),
             faults: Faults::default(),
             journal: None,
@@ -293,6 +297,7 @@ pub fn dump_telling(
     })?;
     enter(DumpPhase::Recheck, options, || refuse(std::mem::take(&mut state.refusals)))?;
     listening.stopped(sink)?;
+    let sink = &mut Metered::new(sink, &options.progress, state.pages() * PAGE_SIZE);
     let copied = enter(DumpPhase::Memory, options, || memory::save(&mut state, sink, options, &mut dumped))?;
     let mut stopped = Some(stopped);
     enter(DumpPhase::Release, options, || {

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod namespaces;
 pub mod preflight;
 pub mod procfs;
+pub mod progress;
 pub mod restore;
 mod sockets;
 pub mod sys;

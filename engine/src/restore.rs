@@ -36,6 +36,7 @@ use crate::files::{Inherited, NameJournal, Terminals};
 use crate::images::stats::{RestoreStatsEntry, StatsEntry};
 use crate::images::{ImageSet, Kind, encode};
 use crate::namespaces::{self, NamespaceKind, RestoreNamespaceOptions};
+use crate::progress::Progress as MemoryProgress;
 use crate::sys::robust::RobustList;
 use crate::sys::{HostPid, PAGE_SIZE, RemoteAddr};
 use attach::Files;
@@ -94,6 +95,8 @@ pub struct RestoreOptions<'a> {
     pub notify: Option<Notify<'a>>,
     /// Called before each phase; its error fails the restore there.
     pub progress: Option<Progress<'a>>,
+    /// Whom to tell of restored memory. What relatives share is not restored twice, so not all of it need be told.
+    pub memory: MemoryProgress,
     /// Descriptors that stand for objects outside the tree.
     pub inherited: Inherited,
     /// Told of names that are given in file systems, to take them away if ferry is killed.
@@ -240,7 +243,8 @@ struct Restore<'a> {
 pub fn restore(images: &ImageSet, mut options: RestoreOptions<'_>) -> Result<Restored, RestoreError> {
     let mut clock = Clock { phases: Vec::new() };
     announce(&mut options, RestorePhase::Open)?;
-    let checkpoint = clock.phase(RestorePhase::Open, || Checkpoint::read(images))?;
+    let mut checkpoint = clock.phase(RestorePhase::Open, || Checkpoint::read(images))?;
+    checkpoint.tell(&options.memory);
     options.pass(Point::Restore(Edge::After, RestorePhase::Open))?;
     announce(&mut options, RestorePhase::Plan)?;
     let decisions = clock.phase(RestorePhase::Plan, || Decisions::make(images, &checkpoint, &mut options))?;

@@ -302,7 +302,7 @@ fn report(plan: &Plan, summary: &Summary) -> serde_json::Value {
 }
 
 /// A size for people, in powers of 1024.
-fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
     if bytes < 1024 {
         return format!("{bytes} bytes");

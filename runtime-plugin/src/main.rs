@@ -33,6 +33,8 @@ mod logs;
 #[cfg(feature = "oci")]
 mod process;
 #[cfg(feature = "oci")]
+mod progress;
+#[cfg(feature = "oci")]
 mod restore;
 #[cfg(feature = "oci")]
 mod signals;

@@ -90,6 +90,14 @@ pub struct TreeState {
     pub refusals: Vec<Refusal>,
 }
 
+impl TreeState {
+    /// How many pages are to be written.
+    pub fn pages(&self) -> u64 {
+        let private: u64 = self.processes.iter().map(|process| process.pages.runs.pages()).sum();
+        private + self.shared.iter().map(|(_, object)| object.pages()).sum::<u64>()
+    }
+}
+
 /// Collects the whole tree. On return no agent is left in it, whatever the result.
 pub fn collect_tree(
     tree: &mut StoppedTree,

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use super::inherit::PageWrite;
 use crate::images::digest::{CHUNK, chunk_length};
 use crate::images::{RawImage, SourceError};
+use crate::progress::Progress;
 use crate::sys::process_vm::{self, MAX_RANGES};
 use crate::sys::view::FileView;
 use crate::sys::{HostPid, userfaultfd};
@@ -49,6 +50,8 @@ pub struct Pages {
     view: FileView,
     /// Per chunk, whether it has been verified.
     verified: Vec<AtomicBool>,
+    /// Told of what is taken from them.
+    pub(crate) progress: Progress,
 }
 
 impl Pages {
@@ -61,7 +64,7 @@ impl Pages {
         let view = FileView::map(region.file(), region.offset(), region.len())
             .map_err(|errno| SourceError::Read { name: name.to_owned(), source: errno.into() })?;
         let verified = (0..image.chunk_count()).map(|_| AtomicBool::new(false)).collect();
-        Ok(Self { image, view, verified })
+        Ok(Self { image, view, verified, progress: Progress::default() })
     }
 
     /// All bytes, verified or not.
@@ -89,6 +92,7 @@ impl Pages {
 
     fn part(&self, offset: u64, length: u64) -> Result<&[u8], SourceError> {
         self.verify(offset, length)?;
+        self.progress.add(length);
         Ok(&self.bytes()[offset as usize..(offset + length) as usize])
     }
 }

@@ -22,6 +22,7 @@ use crate::memory::fill::Pages;
 use crate::memory::inherit::Memory;
 use crate::memory::layout::Layout;
 use crate::memory::pageset::PageSet;
+use crate::progress::Progress;
 use crate::sys::NsPid;
 
 /// Pages with their places.
@@ -170,6 +171,13 @@ impl Checkpoint {
     pub fn bytes(&self) -> u64 {
         let private = self.tasks.iter().filter_map(|task| task.memory.as_ref()).map(|memory| &memory.pages);
         private.chain(self.shared.values()).map(|pages| pages.set.bytes()).sum()
+    }
+
+    /// Has `progress` told of the memory that is taken from the images.
+    pub fn tell(&mut self, progress: &Progress) {
+        progress.expect(self.bytes());
+        let private = self.tasks.iter_mut().filter_map(|task| task.memory.as_mut()).map(|memory| &mut memory.pages);
+        private.chain(self.shared.values_mut()).for_each(|images| images.pages.progress = progress.clone());
     }
 
     /// Number of threads of all living tasks, leaders included.

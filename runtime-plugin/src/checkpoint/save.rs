@@ -19,12 +19,15 @@ use super::{Compression, Destination, Plan, Summary};
 use crate::archive::{Compressor, Counter, NewFile};
 use crate::externals;
 use crate::failure::Failure;
+use crate::progress::Bar;
 
 /// Runs the engine. On failure the container runs on as it was found, and nothing of the images is left.
 pub fn dump_container(plan: &Plan) -> Result<Summary, Failure> {
     let gone = || Failure::new(format!("container {} has no process", plan.container.id));
     let pid = plan.container.init.ok_or_else(gone)?.pid;
-    let options = options(plan, pid)?;
+    let mut options = options(plan, pid)?;
+    let bar = Bar::new("checkpoint");
+    options.progress = bar.progress();
     let (dumped, size) = match &plan.destination {
         Destination::Folder(folder) => into_folder(plan, pid, &options, folder)?,
         Destination::Archive(path, method) => {

@@ -17,6 +17,7 @@ use crate::archive;
 use crate::checkpoint::DESCRIPTORS;
 use crate::externals;
 use crate::failure::Failure;
+use crate::progress::Bar;
 
 /// Runs the engine; the pid of the container's first process. On failure nothing of the tree is left.
 pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
@@ -37,7 +38,9 @@ pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
             .map_err(|error| Failure::from(error).context(format!("cannot open the namespace {}", path.display())))?;
         namespaces.external_namespaces.insert(externals::namespace_key(kind).to_owned(), file.into());
     }
+    let bar = Bar::new("restore");
     let options = RestoreOptions {
+        memory: bar.progress(),
         shell_job: plan.args.shell_job,
         first_task: Some(Box::new(|root: HostPid| {
             plan.new.cgroup().add(root.0).map_err(|error| format!("cannot put it into the container's cgroup: {error}"))
