@@ -6,6 +6,7 @@ use ferry_engine::dump::{After, DumpError, DumpOptions, dump_telling};
 use ferry_engine::fault::Faults;
 use ferry_engine::freeze::FreezeError;
 use ferry_engine::images::{FolderOptions, FolderSink};
+use ferry_engine::procfs::Stat;
 use ferry_engine::sys::HostPid;
 
 use super::listen::{Client, Listeners};
@@ -23,6 +24,13 @@ pub fn run(options: &Options, client: Option<&dyn Client>, worker: &Worker) -> R
         dump_options.files.outside_stdio = true;
         dump_options.files.outside_pipes = true;
         dump_options.files.requested_by = client.connection();
+        dump_options.files.outside_terminal |= client.takes_terminal();
+    }
+    if is_above_us(HostPid(pid)) {
+        // Clients know this sentence.
+        return Err(Failure::new(format!(
+            "The criu itself is within dumped tree: process {pid} started this command; dump it from outside"
+        )));
     }
     worker.oversee(&mut dump_options);
     let folder = images_dir(options);
@@ -37,6 +45,18 @@ pub fn run(options: &Options, client: Option<&dyn Client>, worker: &Worker) -> R
         .map_err(|error| Failure::new(format!("the dump is complete, but stats-dump cannot be written: {error}")))?;
     tracing::info!("Dumping finished successfully");
     Ok(())
+}
+
+/// Whether a process is this one or one that it descends from.
+fn is_above_us(pid: HostPid) -> bool {
+    let mut above = HostPid(std::process::id() as i32);
+    while above.0 > 0 {
+        if above == pid {
+            return true;
+        }
+        above = HostPid(Stat::read(above).map_or(0, |stat| stat.parent));
+    }
+    false
 }
 
 fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {

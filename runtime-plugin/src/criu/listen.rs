@@ -2,6 +2,8 @@
 //!
 //! The client is asked first, as with CRIU. Whoever fails makes the command fail, and the engine undo it.
 
+use std::os::fd::OwnedFd;
+
 use ferry_engine::dump::{DumpListener, DumpStage};
 use ferry_engine::restore::Stage;
 use ferry_engine::sys::HostPid;
@@ -14,6 +16,15 @@ use super::{Failure, images_dir};
 pub trait Client: Notifier {
     /// The inode of the socket that it is connected to.
     fn connection(&self) -> Option<u32>;
+
+    /// Whether it takes the master side of a terminal whose master is outside the tree.
+    fn takes_terminal(&self) -> bool;
+
+    /// Hands it the master side of such a terminal, made again.
+    ///
+    /// # Errors
+    /// A sentence: the client refused, or is gone.
+    fn take_terminal(&self, master: &OwnedFd) -> Result<(), Failure>;
 
     /// Whether it may name external objects.
     fn names_external(&self) -> bool;

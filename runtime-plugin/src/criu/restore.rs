@@ -9,7 +9,7 @@ use ferry_engine::fault::Faults;
 use ferry_engine::images::ImageSet;
 use ferry_engine::images::folder::FolderSource;
 use ferry_engine::namespaces::RestoreNamespaceOptions;
-use ferry_engine::restore::{RestoreOptions, restore};
+use ferry_engine::restore::{RestoreOptions, TakeTerminal, restore};
 use ferry_engine::sys::{HostPid, pidfd};
 use ferry_hooks::Event;
 
@@ -27,6 +27,9 @@ pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<HostPid, Fa
         &images,
         RestoreOptions {
             notify: Some(Box::new(|stage, root| listeners.restoring(stage, root))),
+            terminal_master: client.filter(|client| client.takes_terminal()).map(|client| -> TakeTerminal<'_> {
+                Box::new(|master| client.take_terminal(&master).map_err(|failure| failure.to_string()))
+            }),
             ..restore_options(options)?
         },
     )

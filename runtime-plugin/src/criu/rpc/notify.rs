@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use ferry_engine::sys::HostPid;
 use ferry_hooks::{Event, Notifier, NotifyError};
@@ -16,12 +17,20 @@ use crate::failure::Failure;
 pub struct Listener<'a> {
     connection: &'a Connection,
     peer: &'a Peer,
-    /// Whether the client wants to be told; otherwise only its rights are looked at.
-    notify: bool,
+    wants: Wants,
     /// The root of the tree to dump.
     root: HostPid,
     /// Whether the client is gone, so that it is told nothing more.
     gone: Cell<bool>,
+}
+
+/// What a client wants to be told of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wants {
+    /// Events; otherwise only its rights are looked at.
+    pub events: bool,
+    /// Terminals without a master.
+    pub terminals: bool,
 }
 
 /// Why a client did not let an event pass.
@@ -40,18 +49,15 @@ pub enum ClientError {
 
 impl<'a> Listener<'a> {
     /// The client of a request about the tree of `root`.
-    pub fn new(connection: &'a Connection, peer: &'a Peer, notify: bool, root: HostPid) -> Self {
-        Self { connection, peer, notify, root, gone: Cell::new(false) }
+    pub fn new(connection: &'a Connection, peer: &'a Peer, wants: Wants, root: HostPid) -> Self {
+        Self { connection, peer, wants, root, gone: Cell::new(false) }
     }
 
-    fn ask(&self, event: Event, pid: Option<i32>) -> Result<Request, ClientError> {
+    fn ask(&self, event: Event, pid: Option<i32>, descriptor: Option<BorrowedFd<'_>>) -> Result<Request, ClientError> {
         let notification = Notification { script: Some(event.as_str().to_owned()), pid };
         let answer = Answer { notify: Some(notification), ..Answer::to(RequestType::Notify) };
-        let answered = self
-            .connection
-            .send(&answer)
-            .map_err(ClientError::from)
-            .and_then(|()| self.connection.receive().map_err(ClientError::from));
+        let sent = self.connection.send_with(&answer, descriptor).map_err(ClientError::from);
+        let answered = sent.and_then(|()| self.connection.receive().map_err(ClientError::from));
         let request = answered.inspect_err(|_| self.gone.set(true))?;
         match (request.r#type == RequestType::Notify as i32, request.notify_success == Some(true)) {
             (true, true) => Ok(request),
@@ -63,12 +69,12 @@ impl<'a> Listener<'a> {
 
 impl Notifier for Listener<'_> {
     fn notify(&self, event: Event, pid: Option<i32>) -> Result<(), NotifyError> {
-        if !self.notify || self.gone.get() {
+        if !self.wants.events || self.gone.get() {
             return Ok(());
         }
         // CRIU tells the pid in these two only, and clients take it where they see it.
         let pid = pid.filter(|_| matches!(event, Event::SetupNamespaces | Event::PostRestore));
-        match self.ask(event, pid) {
+        match self.ask(event, pid, None) {
             Ok(_) => Ok(()),
             Err(error) => Err(NotifyError { event, source: Box::new(error) }),
         }
@@ -81,18 +87,28 @@ impl Client for Listener<'_> {
         u32::try_from(inode).ok()
     }
 
+    fn takes_terminal(&self) -> bool {
+        self.wants.terminals
+    }
+
+    fn take_terminal(&self, master: &OwnedFd) -> Result<(), Failure> {
+        let event = Event::OrphanPtsMaster;
+        let answer = self.ask(event, None, Some(master.as_fd()));
+        answer.map(drop).map_err(|error| NotifyError { event, source: Box::new(error) }.into())
+    }
+
     fn names_external(&self) -> bool {
-        self.notify
+        self.wants.events
     }
 
     fn tree_stopped(&self) -> Result<Vec<String>, Failure> {
         // What it was asked before, of a tree that could change.
         self.peer.may_dump(self.root)?;
-        if !self.notify {
+        if !self.wants.events {
             return Ok(Vec::new());
         }
         let event = Event::QueryExtFiles;
-        let answer = self.ask(event, None).map_err(|error| NotifyError { event, source: Box::new(error) })?;
+        let answer = self.ask(event, None, None).map_err(|error| NotifyError { event, source: Box::new(error) })?;
         Ok(answer.opts.map(|opts| opts.external).unwrap_or_default())
     }
 }

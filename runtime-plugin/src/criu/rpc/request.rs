@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use ferry_engine::sys::HostPid;
 
 use super::message::{CgroupMode, RequestOptions, RequestType};
+use super::notify::Wants;
 use super::peer::Peer;
 use crate::criu::config;
 use crate::criu::options::Options;
@@ -26,8 +27,8 @@ const EMPTY_NETWORK: u32 = 0x4000_0000;
 pub struct Prepared {
     /// What to do.
     pub options: Options,
-    /// Whether the client wants to be told of events.
-    pub notify: bool,
+    /// What the client wants to be told of.
+    pub wants: Wants,
     /// What to run in place of this process after a restore.
     pub exec: Vec<String>,
     /// The folders that `options` name by these descriptors.
@@ -86,7 +87,10 @@ fn prepare_any(kind: RequestType, asked: &RequestOptions, peer: &Peer) -> Result
     options.restore_detached = true;
     Ok(Prepared {
         options,
-        notify: asked.notify_scripts == Some(true),
+        wants: Wants {
+            events: asked.notify_scripts == Some(true),
+            terminals: asked.notify_scripts == Some(true) && asked.orphan_pts_master == Some(true),
+        },
         exec: asked.exec_cmd.clone(),
         _folders: folders,
     })

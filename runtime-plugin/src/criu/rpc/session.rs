@@ -153,7 +153,7 @@ impl Session {
             self.open_log(&prepared)?;
             Self::may_go_on(&prepared)?;
             self.peer.may_dump(prepared.root())?;
-            let listener = Listener::new(&self.connection, &self.peer, prepared.notify, prepared.root());
+            let listener = Listener::new(&self.connection, &self.peer, prepared.wants, prepared.root());
             dump::run(&prepared.options, Some(&listener), worker)
         });
         let answer = match &done {
@@ -176,7 +176,7 @@ impl Session {
             self.open_log(&prepared)?;
             Self::may_go_on(&prepared)?;
             self.peer.may_restore()?;
-            let listener = Listener::new(&self.connection, &self.peer, prepared.notify, prepared.root());
+            let listener = Listener::new(&self.connection, &self.peer, prepared.wants, prepared.root());
             Ok((restore::run(&prepared.options, Some(&listener))?, prepared))
         });
         let (answer, exec) = match done {
@@ -234,10 +234,7 @@ impl Session {
     }
 
     fn may_go_on(prepared: &Prepared) -> Result<(), Failure> {
-        let mut unsupported = prepared.options.unsupported();
-        // The root is born into the cgroups of this process, and clients that name others have put it there.
-        unsupported.retain(|name| *name != "--cgroup-root");
-        match unsupported.as_slice() {
+        match prepared.options.unsupported().as_slice() {
             [] => Ok(()),
             names => Err(Failure::new(format!("ferry does not support {} yet", names.join(", ")))),
         }
