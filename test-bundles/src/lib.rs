@@ -20,6 +20,7 @@ pub mod place;
 pub mod podman;
 pub mod processes;
 pub mod programs;
+pub mod rpc;
 pub mod service;
 pub mod surroundings;
 pub mod workload;
