@@ -8,7 +8,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 FERRY = $(TARGET)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/ferry
 SHARE = $(DESTDIR)$(PREFIX)/share
 
-.PHONY: all demo test check bench install packages-build packages-test
+.PHONY: all demo test check torture bench install packages-build packages-test
 
 all: packages-build
 	$(CARGO) build --release -p ferry
@@ -29,6 +29,12 @@ check: packages-build
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --workspace --no-deps
 	$(CARGO) test -p ferry-test-bundles --test source
+
+# Dumps that are killed at random instants. TORTURE_SEED=N repeats a run; TORTURE_WHOM=worker kills the process that does the work.
+torture: packages-test
+	$(CARGO) build --release -p ferry -p ferry-test-bundles
+	FERRY_TORTURE=$(or $(TORTURE),2000) FERRY_TORTURE_SEED=$(TORTURE_SEED) FERRY_TORTURE_WHOM=$(TORTURE_WHOM) \
+		$(CARGO) test --release -p ferry-test-bundles --test faults -- --exact torture
 
 bench: packages-test
 	$(CARGO) build --release -p ferry -p ferry-test-bundles

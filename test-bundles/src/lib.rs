@@ -23,6 +23,8 @@ pub mod programs;
 pub mod rpc;
 pub mod service;
 pub mod surroundings;
+pub mod torture;
+pub mod victim;
 pub mod workload;
 
 pub use bundle::Bundle;

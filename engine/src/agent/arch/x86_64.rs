@@ -10,6 +10,7 @@ use std::slice;
 
 use crate::sys::RemoteAddr;
 use crate::sys::clone::CloneArguments;
+use crate::sys::cpuid::{EXTENDED_START, XsaveLayout};
 
 /// The machine code of a `syscall` instruction.
 pub const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
@@ -180,6 +181,10 @@ const FP_XSTATE_MAGIC1: u32 = 0x4650_5853;
 const FP_XSTATE_MAGIC2: u32 = 0x4650_5845;
 const UC_FLAGS: u64 = 1 | 2 | 4; // UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS
 const SW_RESERVED: usize = 464;
+/// Which components of an xsave area are in use.
+const XSTATE_BV: usize = 512;
+/// The component of AMX's tiles, which a task must ask for (arch_prctl(2), ARCH_REQ_XCOMP_PERM).
+const TILES: u32 = 18;
 /// From the frame's start to its xsave area, which must be aligned to 64 bytes.
 const FRAME_TO_XSTATE: usize = 512;
 
@@ -220,22 +225,33 @@ pub fn signal_frame(at: RemoteAddr, registers: &Registers, mask: u64, xstate: &[
     for (index, value) in context.into_iter().enumerate() {
         put(40 + 8 * index, value);
     }
-    put(40 + 8 * 22, at.0 + FRAME_TO_XSTATE as u64); // fpstate, behind err, trapno, oldmask and cr2
+    put(40 + 8 * 23, at.0 + FRAME_TO_XSTATE as u64); // fpstate, behind err, trapno, oldmask and cr2
     put(40 + 8 * 32, mask); // behind eight reserved words
     let mut area = xstate.to_vec();
     if area.len() > SW_RESERVED + 48 {
-        let features = area[SW_RESERVED..SW_RESERVED + 8].to_vec();
+        let mut features = u64_at(&area, SW_RESERVED);
+        // The kernel takes no more of a task than what it would save of it in a signal frame: no tiles, unless it uses them.
+        let layout = XsaveLayout::of_this_machine();
+        if layout.range(TILES).is_some() && u64_at(&area, XSTATE_BV) >> TILES & 1 == 0 {
+            let others = (0..u64::BITS).filter(|number| *number != TILES).filter_map(|number| layout.range(number));
+            area.truncate(others.map(|range| range.end).max().unwrap_or(EXTENDED_START));
+            features &= !(1 << TILES);
+        }
         let size = area.len() as u32;
         let reserved = &mut area[SW_RESERVED..SW_RESERVED + 48];
         reserved.fill(0);
         reserved[0..4].copy_from_slice(&FP_XSTATE_MAGIC1.to_ne_bytes());
         reserved[4..8].copy_from_slice(&(size + 4).to_ne_bytes());
-        reserved[8..16].copy_from_slice(&features);
+        reserved[8..16].copy_from_slice(&features.to_ne_bytes());
         reserved[16..20].copy_from_slice(&size.to_ne_bytes());
         area.extend_from_slice(&FP_XSTATE_MAGIC2.to_ne_bytes());
     }
     frame.extend_from_slice(&area);
     frame
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+    bytes.get(offset..offset + 8).and_then(|word| word.try_into().ok()).map_or(0, u64::from_ne_bytes)
 }
 
 /// Issues clone3 so that the parent gets the child's id and the child enters the runner at `code`.

@@ -24,6 +24,7 @@ mod seccomp;
 mod service;
 mod signals;
 mod sockets;
+mod survivor;
 mod sys;
 mod task;
 mod terminals;
@@ -86,6 +87,7 @@ fn groups() -> Vec<&'static [Workload]> {
         workloads!(locks: futex_between_processes),
         workloads!(service: service),
         workloads!(freezing: spinning),
+        workloads!(survivor: survivor, churn),
         refused::WORKLOADS,
     ]
 }

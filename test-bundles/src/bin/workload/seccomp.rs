@@ -51,6 +51,18 @@ fn forbid(number: libc::c_long, error: u32, flags: u32) -> Result<(), Fault> {
     raw!(SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &filter).map(|_| ())
 }
 
+/// Installs a filter that ends the process at any of these system calls.
+pub fn kill_on(numbers: &[libc::c_long]) -> Result<(), Fault> {
+    let mut program = vec![op(0x20, 0, 0, 0)];
+    for number in numbers {
+        program.push(op(0x15, 0, 1, *number as u32));
+        program.push(op(0x06, 0, 0, libc::SECCOMP_RET_KILL_PROCESS));
+    }
+    program.push(op(0x06, 0, 0, libc::SECCOMP_RET_ALLOW));
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    raw!(SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &filter).map(|_| ())
+}
+
 /// A process under these filters; each must still answer its error, and all must still be there.
 fn filtered(room: &Room, filters: &'static [(libc::c_long, u32, u32)], no_new_privs: bool) -> Result<Check, Fault> {
     let child = room.child("filtered", |_| {

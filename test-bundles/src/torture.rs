@@ -1,0 +1,181 @@
+//! Dumps that are killed at random instants, one after the other, and a victim that must not notice.
+//!
+//! Each dump is killed (SIGKILL) at an instant drawn uniformly from the time that a dump takes, measured before. Every second dump would end
+//! the victim: then either the images are complete and the whole tree is gone, and it is restored from them; or nothing of the images is left and
+//! the tree runs on.
+
+use crate::victim::Victim;
+use crate::{Engine, Outcome, Place, processes};
+use rustix::process::{Pid, Signal, kill_process};
+use std::io::Write;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whom {
+    /// The process that was started: ferry, as everybody knows it.
+    Known,
+    /// The process that it has started to do the work, if there is one yet.
+    Worker,
+}
+
+/// What to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// How many dumps.
+    pub dumps: u32,
+    /// The instants are drawn from this.
+    pub seed: u64,
+    /// Who is killed.
+    pub whom: Whom,
+}
+
+impl Plan {
+    /// `FERRY_TORTURE` dumps (60 when unset), with `FERRY_TORTURE_SEED`, of `FERRY_TORTURE_WHOM`.
+    ///
+    /// # Errors
+    /// When one of them is not understood.
+    pub fn of_environment() -> Outcome<Self> {
+        let given = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let number = |name: &str, usual: u64| {
+            given(name).map_or(Ok(usual), |value| value.parse().map_err(|_| format!("{name}={value} is no number")))
+        };
+        let clock = std::time::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_nanos() as u64);
+        let whom = match given("FERRY_TORTURE_WHOM").as_deref() {
+            None | Some("known") => Whom::Known,
+            Some("worker") => Whom::Worker,
+            Some(other) => return Err(format!("FERRY_TORTURE_WHOM={other}: known or worker is wanted")),
+        };
+        Ok(Self { dumps: number("FERRY_TORTURE", 60)? as u32, seed: number("FERRY_TORTURE_SEED", clock)?, whom })
+    }
+}
+
+/// What came of it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    /// Killed before they were complete.
+    killed: u32,
+    /// Complete before the kill.
+    complete: u32,
+    /// Of these, the victims that were restored from their images.
+    restored: u32,
+    harmed: u32,
+}
+
+/// Fails unless no victim was harmed. Prints number, seed and what came of it.
+pub fn torture(plan: &Plan) -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut victim = Victim::start(&place, "survivor")?;
+    let length = length_of_a_dump(&place, &engine, &mut victim)?;
+    let mut random = plan.seed | 1;
+    let (mut tally, mut first) = (Tally::default(), None);
+    say(&format!("{} dumps of some {length:?}, seed {}", plan.dumps, plan.seed));
+    for number in 0..plan.dumps {
+        let after = length.mul_f64(fraction(&mut random) * 1.05);
+        if let Err(error) = one(&place, &engine, &mut victim, plan.whom, number, after, &mut tally) {
+            tally.harmed += 1;
+            let error = format!("dump {number}, killed after {after:?}: {error}");
+            say(&error);
+            first.get_or_insert(error);
+            processes::end_all_below();
+            victim = Victim::start(&place, "survivor")?;
+        }
+    }
+    let Tally { killed, complete, restored, harmed } = tally;
+    say(&format!(
+        "{} dumps, seed {}: {killed} killed on their way, {complete} complete before, {restored} restored, {harmed} victims harmed",
+        plan.dumps, plan.seed
+    ));
+    victim.end()?;
+    first.map_or(Ok(()), |first| Err(format!("{harmed} victims harmed, the first by {first}")))
+}
+
+fn say(text: &str) {
+    let _ = writeln!(std::io::stdout(), "torture: {text}");
+}
+
+/// The longest of a few.
+fn length_of_a_dump(place: &Place, engine: &Engine, victim: &mut Victim<'_>) -> Outcome<Duration> {
+    let mut longest = Duration::ZERO;
+    for _ in 0..5 {
+        let images = victim.images()?;
+        let start = Instant::now();
+        let mut ferry = start_dump(place, engine, victim.workload.pid, &images, true)?;
+        let status = ferry.wait().map_err(|error| error.to_string())?;
+        longest = longest.max(start.elapsed());
+        if !status.success() {
+            return Err(format!("a dump that is not killed fails: {status}"));
+        }
+        let _ = std::fs::remove_dir_all(images);
+    }
+    Ok(longest)
+}
+
+fn one(
+    place: &Place,
+    engine: &Engine,
+    victim: &mut Victim<'_>,
+    whom: Whom,
+    number: u32,
+    after: Duration,
+    tally: &mut Tally,
+) -> Outcome {
+    let leave_running = number.is_multiple_of(2);
+    let (images, tree) = (victim.images()?, processes::tree(victim.workload.pid));
+    let start = Instant::now();
+    let mut ferry = start_dump(place, engine, victim.workload.pid, &images, leave_running)?;
+    while start.elapsed() < after {
+        let left = after.saturating_sub(start.elapsed());
+        if left > Duration::from_micros(200) {
+            std::thread::sleep(left - Duration::from_micros(100));
+        }
+    }
+    let target = match whom {
+        Whom::Known => Some(ferry.id() as i32),
+        Whom::Worker => processes::tree(ferry.id() as i32).get(1).copied(),
+    };
+    if let Some(target) = target.and_then(Pid::from_raw) {
+        // It may have ended by itself.
+        let _ = kill_process(target, Signal::KILL);
+    }
+    ferry.wait().map_err(|error| error.to_string())?;
+    victim.others_gone(&tree)?;
+    let complete = images.join("ferry.json").exists();
+    if !complete {
+        let left: Vec<_> = std::fs::read_dir(&images).into_iter().flatten().flatten().collect();
+        if !left.is_empty() {
+            return Err(format!("{} files of an unfinished set are left", left.len()));
+        }
+    }
+    if complete && !leave_running {
+        processes::await_end(&tree).map_err(|error| format!("the images are complete, but {error}"))?;
+        engine.restore(place, &images, &[])?;
+        victim.restored()?;
+        tally.restored += 1;
+    } else {
+        victim.unharmed()?;
+    }
+    *(if complete { &mut tally.complete } else { &mut tally.killed }) += 1;
+    std::fs::remove_dir_all(&images).map_err(|error| error.to_string())
+}
+
+fn start_dump(place: &Place, engine: &Engine, pid: i32, images: &Path, leave_running: bool) -> Outcome<Child> {
+    let log = place.path("dump.log");
+    let mut command = engine.command(place, "dump", images, &log.to_string_lossy());
+    command.args(["-t", &pid.to_string()]);
+    if leave_running {
+        command.arg("--leave-running");
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().map_err(|error| error.to_string())
+}
+
+/// The next number from 0 to 1 (xorshift64*).
+fn fraction(state: &mut u64) -> f64 {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    (state.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 11) as f64 / (1u64 << 53) as f64
+}

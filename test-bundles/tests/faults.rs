@@ -1,0 +1,252 @@
+//! Whatever goes wrong with a dump, and whenever: the tree that was to be dumped is unharmed, and can be dumped afterwards.
+//!
+//! One trial per action walks through every point of a dump that the engine names (`ferry criu --list-faults`).
+
+use ferry_test_bundles::processes::{self, wait_for};
+use ferry_test_bundles::victim::Victim;
+use ferry_test_bundles::{Engine, Outcome, Place, Workload, programs, surroundings, torture};
+use libtest_mimic::{Arguments, Trial};
+use rustix::process::{Pid, Signal, kill_process};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+/// The victim of most tests.
+const VICTIM: &str = "survivor";
+
+/// Points at which the images are complete: the dump cannot fail any more, and the tree is ended.
+const COMPLETE: [&str; 3] = ["dump-after-save", "dump-before-finish", "dump-after-finish"];
+
+/// The points of a dump.
+fn points() -> Outcome<Vec<String>> {
+    let listed = programs::succeed(Command::new(programs::ferry()?).args(["criu", "--list-faults"]))?;
+    let points: Vec<String> = listed.lines().filter(|point| point.starts_with("dump-")).map(str::to_owned).collect();
+    if points.len() < 20 { Err(format!("the engine names only {points:?}")) } else { Ok(points) }
+}
+
+/// A dump of the victim, with these options, on its way.
+fn start_dump(place: &Place, pid: i32, images: &Path, options: &[&str]) -> Outcome<Child> {
+    let engine = Engine::ferry()?;
+    let log = place.path("dump.log");
+    let mut command = engine.command(place, "dump", images, &log.to_string_lossy());
+    command.args(["-t", &pid.to_string()]).args(options);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.spawn().map_err(|error| format!("{}: {error}", programs::shown(&command)))
+}
+
+/// The same, to its end; what it printed.
+fn dump(place: &Place, pid: i32, images: &Path, options: &[&str]) -> Outcome<(ExitStatus, String)> {
+    finish(start_dump(place, pid, images, options)?)
+}
+
+fn finish(child: Child) -> Outcome<(ExitStatus, String)> {
+    let output = child.wait_with_output().map_err(|error| error.to_string())?;
+    Ok((output.status, String::from_utf8_lossy(&output.stderr).into_owned()))
+}
+
+fn is_empty(folder: &Path) -> Outcome {
+    let names: Vec<String> = std::fs::read_dir(folder)
+        .map_err(|error| format!("{}: {error}", folder.display()))?
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    if names.is_empty() { Ok(()) } else { Err(format!("the failed dump left {}", names.join(", "))) }
+}
+
+/// Every point with one action. After each fault the victim is looked at, then dumped and restored without it.
+fn matrix(action: &str) -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut victim = Victim::start(&place, VICTIM)?;
+    for point in points()?.iter().filter(|point| !COMPLETE.contains(&point.as_str())) {
+        let at = |error: String| format!("{point}={action}: {error}");
+        let images = victim.images()?;
+        let (status, told) = dump(&place, victim.workload.pid, &images, &["--fault", &format!("{point}={action}")])?;
+        if status.success() {
+            return Err(at("the dump succeeded: was the point not met?".to_owned()));
+        }
+        victim.alone().map_err(at)?;
+        victim.unharmed().map_err(at)?;
+        is_empty(&images).map_err(at)?;
+        if status.code().is_some() && (told.lines().count() != 1 || !told.contains("run on")) {
+            return Err(at(format!("not one sentence that says what became of the tree: {told:?}")));
+        }
+        victim.round_trip(&engine).map_err(|error| at(format!("afterwards: {error}")))?;
+    }
+    victim.end()
+}
+
+/// Points at which the images are complete: whoever dies, the tree is ended and comes back from them.
+fn complete(action: &str) -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut victim = Victim::start(&place, VICTIM)?;
+    for point in COMPLETE {
+        let at = |error: String| format!("{point}={action}: {error}");
+        let (images, tree) = (victim.images()?, processes::tree(victim.workload.pid));
+        dump(&place, victim.workload.pid, &images, &["--fault", &format!("{point}={action}")])?;
+        if point == "dump-after-finish" || action == "kill-parent" {
+            processes::await_end(&tree).map_err(at)?;
+            victim.alone().map_err(at)?;
+            engine.restore(&place, &images, &[]).map_err(at)?;
+            victim.workload.ask().map_err(at)?;
+        } else {
+            // It failed between the completion and the end: both exist, and the tree is as it was.
+            victim.alone().map_err(at)?;
+            victim.workload.ask().map_err(at)?;
+        }
+    }
+    victim.end()
+}
+
+/// A signal in the middle of a dump: it says so, and has done no harm.
+fn asked_to_end(signal: Signal, name: &str) -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut victim = Victim::start(&place, VICTIM)?;
+    for point in ["dump-stopped", "dump-batch", "dump-before-memory", "dump-records"] {
+        let at = |error: String| format!("{point}: {error}");
+        let images = victim.images()?;
+        let child = start_dump(&place, victim.workload.pid, &images, &["--fault", &format!("{point}=delay:400")])?;
+        await_tracer(victim.workload.pid)?;
+        let ferry = Pid::from_raw(child.id() as i32).ok_or("no pid")?;
+        kill_process(ferry, signal).map_err(|error| at(error.to_string()))?;
+        let (status, told) = finish(child)?;
+        if status.code() != Some(1) || !told.contains(name) || !told.contains("run on") {
+            return Err(at(format!("{status}: {told}")));
+        }
+        victim.alone().map_err(at)?;
+        victim.unharmed().map_err(at)?;
+        is_empty(&images).map_err(at)?;
+    }
+    victim.round_trip(&engine)?;
+    victim.end()
+}
+
+/// Waits until somebody traces the process.
+fn await_tracer(pid: i32) -> Outcome {
+    wait_for("the dump to stop the tree", || {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+    })
+}
+
+/// The images do not fit where they are to go: first nothing does, then all but the memory.
+fn disk_full() -> Outcome {
+    surroundings::isolate()?;
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut victim = Victim::start(&place, VICTIM)?;
+    for size in [c"size=4k", c"size=512k"] {
+        let folder = place.folder("small")?;
+        rustix::mount::mount("none", &folder, "tmpfs", rustix::mount::MountFlags::empty(), Some(size))
+            .map_err(|error| format!("cannot mount a small file system: {error}"))?;
+        let images = place.folder("small/images")?;
+        let mut command = engine.command(&place, "dump", &images, &place.path("dump.log").to_string_lossy());
+        command.args(["-t", &victim.workload.pid.to_string()]).env("TMPDIR", &folder);
+        let output = programs::run(&mut command)?;
+        let told = programs::said(&output);
+        if output.status.code() != Some(1) || !told.contains("No space left on device") {
+            return Err(format!("{size:?}: {}: {told}", output.status));
+        }
+        victim.alone()?;
+        victim.unharmed().map_err(|error| format!("{size:?}: {error}"))?;
+        is_empty(&images).map_err(|error| format!("{size:?}: {error}"))?;
+        rustix::mount::unmount(&folder, rustix::mount::UnmountFlags::empty()).map_err(|error| error.to_string())?;
+    }
+    victim.round_trip(&engine)?;
+    victim.end()
+}
+
+/// The target is killed while it is dumped: the dump fails, does not hang, and leaves nothing.
+fn target_dies() -> Outcome {
+    for point in ["dump-before-freeze", "dump-after-freeze", "dump-batch", "dump-before-memory", "dump-records"] {
+        let place = Place::new()?;
+        let mut workload = Workload::start(&place, VICTIM)?;
+        let (images, tree) = (workload.images()?, processes::tree(workload.pid));
+        let child = start_dump(&place, workload.pid, &images, &["--fault", &format!("{point}=delay:400")])?;
+        if point == "dump-before-freeze" {
+            std::thread::sleep(std::time::Duration::from_millis(150));
+        } else {
+            await_tracer(workload.pid)?;
+        }
+        for pid in &tree {
+            kill_process(Pid::from_raw(*pid).ok_or("no pid")?, Signal::KILL).map_err(|error| error.to_string())?;
+        }
+        let (status, told) = finish(child)?;
+        // Once its memory has been read nothing is missing.
+        if status.code() != Some(1) && point != "dump-records" {
+            return Err(format!("{point}: {status}: {told}"));
+        }
+        processes::await_end(&tree).map_err(|error| format!("{point}: {error}"))?;
+        if status.code() == Some(1) {
+            is_empty(&images).map_err(|error| format!("{point}: {error}: {told}"))?;
+        }
+        workload.end()?;
+    }
+    Ok(())
+}
+
+/// The target changes all the time: it has threads, starts programs, or becomes another program itself. Whatever a dump
+/// meets, it succeeds and harms nothing.
+fn target_changes() -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut workload = Workload::start(&place, "churn")?;
+    for round in 0..10 {
+        let images = workload.images()?;
+        let at = |error: String| format!("threads, round {round}: {error}");
+        engine.dump(&place, workload.pid, &images, &["--leave-running"]).map_err(at)?;
+        workload.ask().map_err(at)?;
+    }
+    workload.round_trip(&engine)?;
+    processes::end_all_below();
+    let script = place.path("changes.sh");
+    for (name, text) in [("forks", "while :; do /bin/true || exit 1; done"), ("execs", "exec sh \"$0\"")] {
+        std::fs::write(&script, text).map_err(|error| error.to_string())?;
+        // Without what the test's own parents left open (make's job server is a pipe).
+        let close =
+            "for fd in /proc/self/fd/*; do fd=${fd##*/}; [ $fd -gt 2 ] && eval \"exec $fd>&-\"; done; exec sh \"$0\"";
+        let mut command = Command::new("setsid");
+        command.args(["bash", "-c", close]).arg(&script).current_dir("/");
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let pid = child.map_err(|error| format!("{name}: {error}"))?.id() as i32;
+        wait_for("the script to lead a session", || {
+            rustix::process::getsid(Pid::from_raw(pid)).is_ok_and(|sid| sid == pid_of(pid))
+        })?;
+        for round in 0..10 {
+            let images = workload.images()?;
+            let at = |error: String| format!("{name}, round {round}: {error}");
+            engine.dump(&place, pid, &images, &["--leave-running"]).map_err(at)?;
+            if processes::is_gone(pid) {
+                return Err(at("the script has ended".to_owned()));
+            }
+        }
+        let images = workload.images()?;
+        engine.dump(&place, pid, &images, &[])?;
+        wait_for("the script to end", || processes::is_gone(pid))?;
+        engine.restore(&place, &images, &[]).map_err(|error| format!("{name}: {error}"))?;
+        processes::end_all_below();
+    }
+    workload.end()
+}
+
+fn pid_of(pid: i32) -> Pid {
+    Pid::from_raw(pid).expect("the pid of a child")
+}
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // A test adopts and reaps orphans: one at a time in a process.
+    arguments.test_threads = Some(1);
+    let mut trials = Vec::new();
+    for action in ["error", "kill", "kill-parent"] {
+        trials.push(Trial::test(format!("every_point::{action}"), move || matrix(action).map_err(Into::into)));
+        trials.push(Trial::test(format!("complete::{action}"), move || complete(action).map_err(Into::into)));
+    }
+    for (signal, name) in [(Signal::TERM, "SIGTERM"), (Signal::INT, "SIGINT"), (Signal::HUP, "SIGHUP")] {
+        trials.push(Trial::test(format!("signal::{name}"), move || asked_to_end(signal, name).map_err(Into::into)));
+    }
+    let mut plain = |name: &str, run: fn() -> Outcome| {
+        trials.push(Trial::test(name, move || run().map_err(Into::into)));
+    };
+    plain("disk_full", disk_full);
+    plain("target_dies", target_dies);
+    plain("target_changes", target_changes);
+    plain("torture", || torture::torture(&torture::Plan::of_environment()?));
+    libtest_mimic::run(&arguments, trials).exit();
+}
