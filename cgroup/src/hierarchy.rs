@@ -9,10 +9,14 @@
 //! Paths in `/proc/PID/cgroup` and the root field of mountinfo are both relative to the cgroup namespace of the reader
 //! (cgroup_namespaces(7)), so the directory of a cgroup is the mount point plus what follows the mount's root.
 
+mod reach;
+
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::directory::Cgroup;
 
@@ -83,8 +87,12 @@ impl Hierarchy {
 }
 
 /// Every hierarchy of the host, in the order of `/proc/self/cgroup`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Hierarchies(Vec<Hierarchy>);
+#[derive(Debug, Clone)]
+pub struct Hierarchies {
+    list: Vec<Hierarchy>,
+    /// Mounts of this process's own, which some of the mount points lead to.
+    kept: Vec<Arc<OwnedFd>>,
+}
 
 impl Hierarchies {
     /// Reads `/proc/self/cgroup` and `/proc/self/mountinfo`.
@@ -96,36 +104,35 @@ impl Hierarchies {
         let mountinfo = read("/proc/self/mountinfo")?;
         let mut mounts = parse_mountinfo(&mountinfo)?;
         mounts.retain(|mount| mount.is_visible());
-        Ok(Hierarchies(
-            parse_proc_cgroup(&cgroup)?
-                .into_iter()
-                .map(|(controllers, _)| {
-                    let version = version_of(&controllers);
-                    let mount = widest_mount(&mounts, &controllers);
-                    Hierarchy { version, controllers, mount }
-                })
-                .collect(),
-        ))
+        let list = parse_proc_cgroup(&cgroup)?
+            .into_iter()
+            .map(|(controllers, _)| {
+                let version = version_of(&controllers);
+                let mount = widest_mount(&mounts, &controllers);
+                Hierarchy { version, controllers, mount }
+            })
+            .collect();
+        Ok(Hierarchies { list, kept: Vec::new() })
     }
 
     /// All hierarchies.
     pub fn iter(&self) -> impl Iterator<Item = &Hierarchy> {
-        self.0.iter()
+        self.list.iter()
     }
 
     /// The hierarchy that `/proc/PID/cgroup` calls `name` (empty for v2).
     pub fn by_name(&self, name: &str) -> Option<&Hierarchy> {
-        self.0.iter().find(|hierarchy| hierarchy.name() == name)
+        self.list.iter().find(|hierarchy| hierarchy.name() == name)
     }
 
     /// The v1 hierarchy with `controller` attached.
     pub fn with_controller(&self, controller: &str) -> Option<&Hierarchy> {
-        self.0.iter().find(|hierarchy| hierarchy.has_controller(controller))
+        self.list.iter().find(|hierarchy| hierarchy.has_controller(controller))
     }
 
     /// The unified hierarchy.
     pub fn unified(&self) -> Option<&Hierarchy> {
-        self.0.iter().find(|hierarchy| hierarchy.version == Version::V2)
+        self.list.iter().find(|hierarchy| hierarchy.version == Version::V2)
     }
 
     /// The cgroup of a directory such as `/sys/fs/cgroup/freezer/redis`, `None` when no hierarchy is mounted there.
@@ -138,7 +145,7 @@ impl Hierarchies {
                 .filter(|mount| directory.starts_with(&mount.point))
                 .map(|mount| mount.point.as_os_str().len())
         };
-        let hierarchy = self.0.iter().filter(|hierarchy| seen(hierarchy).is_some()).max_by_key(seen)?;
+        let hierarchy = self.list.iter().filter(|hierarchy| seen(hierarchy).is_some()).max_by_key(seen)?;
         let mount = hierarchy.mount.as_ref()?;
         let below = directory.strip_prefix(&mount.point).ok()?.to_str()?;
         let path = match (mount.root.as_str(), below) {
@@ -159,7 +166,7 @@ impl Hierarchies {
             .into_iter()
             .map(|(controllers, path)| {
                 let hierarchy = self
-                    .0
+                    .list
                     .iter()
                     .find(|hierarchy| hierarchy.controllers == controllers)
                     .ok_or_else(|| HierarchyError::Unknown { pid, name: controllers.join(",") })?;
@@ -241,6 +248,15 @@ pub enum HierarchyError {
     NotMounted {
         /// The hierarchy's label.
         hierarchy: String,
+    },
+    /// It could not be mounted.
+    #[error("{hierarchy} is not mounted here, and cannot be")]
+    Mount {
+        /// The hierarchy's label.
+        hierarchy: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
     },
     /// The mount shows only a part of the hierarchy, and the cgroup is elsewhere.
     #[error("the cgroup {path} of {hierarchy} cannot be reached: {point} shows only {root}")]
@@ -447,10 +463,9 @@ mod tests {
             controllers: strings(names),
             mount: Some(Mount { point: point.into(), root: root.into() }),
         };
-        let hierarchies = Hierarchies(vec![
-            hierarchy(&[], "/sys/fs/cgroup", "/"),
-            hierarchy(&["freezer"], "/sys/fs/cgroup/freezer", "/pods/a"),
-        ]);
+        let list =
+            vec![hierarchy(&[], "/sys/fs/cgroup", "/"), hierarchy(&["freezer"], "/sys/fs/cgroup/freezer", "/pods/a")];
+        let hierarchies = Hierarchies { list, kept: Vec::new() };
         let (found, cgroup) = hierarchies.at_directory(Path::new("/sys/fs/cgroup/freezer/x")).unwrap();
         assert_eq!(found.name(), "freezer");
         assert_eq!(cgroup.path(), "/pods/a/x");

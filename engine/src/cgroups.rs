@@ -9,7 +9,11 @@
 
 mod image;
 
-use ferry_cgroup::{CgroupTree, Frozen, Mode, OWN_SET, RestoredCgroups, SaveError, SetTable};
+use std::path::PathBuf;
+
+use ferry_cgroup::{
+    CgroupTree, Frozen, Hierarchies, HierarchyError, Mode, OWN_SET, RestoredCgroups, SaveError, SetTable,
+};
 
 use crate::images::cgroup::CgroupEntry;
 use crate::images::core::CoreEntry;
@@ -27,12 +31,20 @@ pub struct CgroupOptions {
     pub roots: Vec<(Option<String>, String)>,
     /// At a dump: the only controllers to save; all if empty.
     pub controllers: Vec<String>,
+    /// A folder with a mount of every hierarchy, instead of those of the host.
+    pub yard: Option<PathBuf>,
+}
+
+impl CgroupOptions {
+    fn hierarchies(&self) -> Result<Hierarchies, HierarchyError> {
+        self.yard.as_deref().map_or_else(Hierarchies::detect, Hierarchies::in_yard)
+    }
 }
 
 impl Default for CgroupOptions {
     /// Cgroups are not managed.
     fn default() -> Self {
-        Self { mode: Mode::Ignore, roots: Vec::new(), controllers: Vec::new() }
+        Self { mode: Mode::Ignore, roots: Vec::new(), controllers: Vec::new(), yard: None }
     }
 }
 
@@ -47,8 +59,8 @@ impl CgroupSets {
     ///
     /// # Errors
     /// When the hierarchies of this host cannot be read.
-    pub fn new() -> Result<Self, SaveError> {
-        Ok(Self { table: SetTable::new()? })
+    pub fn new(options: &CgroupOptions) -> Result<Self, SaveError> {
+        Ok(Self { table: SetTable::within(options.hierarchies()?)? })
     }
 
     /// Notes the sets of a process's threads, the leader first, in their cores.
@@ -99,9 +111,9 @@ impl CgroupSets {
 pub const ROOT_SET: u32 = OWN_SET;
 
 /// What a restore knows of cgroups.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct CgroupPlan {
-    mode: Mode,
+    options: CgroupOptions,
     tree: CgroupTree,
     /// The set of whoever dumped.
     own: u32,
@@ -113,7 +125,7 @@ impl CgroupPlan {
     /// # Errors
     /// The image cannot be read.
     pub fn new(images: &ImageSet, own: Option<u32>, options: &CgroupOptions) -> Result<Self, RestoreError> {
-        let mut plan = Self { mode: options.mode, tree: CgroupTree::default(), own: own.unwrap_or(OWN_SET) };
+        let mut plan = Self { options: options.clone(), tree: CgroupTree::default(), own: own.unwrap_or(OWN_SET) };
         if options.mode == Mode::Ignore {
             return Ok(plan);
         }
@@ -133,12 +145,19 @@ impl CgroupPlan {
         Ok(plan)
     }
 
+    /// Whether there is anything to make.
+    pub fn is_empty(&self) -> bool {
+        self.tree.sets.is_empty()
+    }
+
     /// Makes the directories. Dropping what it returns removes them.
     ///
     /// # Errors
     /// Every obstacle at once, before anything is made; or the step that failed.
     pub fn make(&self) -> Result<Cgroups, ferry_cgroup::RestoreError> {
-        Ok(Cgroups { restored: self.tree.restore(self.mode)?, managed: !self.tree.sets.is_empty(), own: self.own })
+        let hierarchies = self.options.hierarchies()?;
+        let restored = self.tree.restore_within(self.options.mode, hierarchies)?;
+        Ok(Cgroups { restored, managed: !self.is_empty(), own: self.own })
     }
 }
 

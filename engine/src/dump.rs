@@ -301,14 +301,14 @@ pub fn dump_telling(
     let copied = enter(DumpPhase::Memory, options, || memory::save(&mut state, sink, options, &mut dumped))?;
     let mut stopped = Some(stopped);
     enter(DumpPhase::Release, options, || {
-        if options.after == After::Run {
+        if options.after == After::Run && !listening.sees_end() {
             stopped.take();
             dumped.frozen = start.elapsed();
         }
         Ok(())
     })?;
     enter(DumpPhase::Save, options, || {
-        if options.after != After::Run {
+        if stopped.is_some() {
             dumped.frozen = start.elapsed();
         }
         copied.save(sink, options, &mut dumped)?;
@@ -319,6 +319,9 @@ pub fn dump_telling(
         listening.forget_network();
     } else {
         listening.unlock_network()?;
+    }
+    if options.after == After::Run && stopped.take().is_some() {
+        dumped.frozen = start.elapsed();
     }
     enter(DumpPhase::Finish, options, || match (stopped, options.after) {
         (Some(tree), After::Kill) => end(tree, options),

@@ -312,7 +312,8 @@ impl Decisions {
         let terminals =
             Terminals { hands_out: options.terminal_master.is_some(), own: std::mem::take(&mut options.terminal) };
         let files = Files::plan(images, checkpoint, &plan.tree, inherited, terminals)?;
-        if !namespaces.has_mount_namespace() {
+        // What lies in a cgroup may only be there once that is made.
+        if !namespaces.has_mount_namespace() && cgroups.is_empty() {
             files.check("/")?;
         }
         Ok(Self { plan, parts: Parts { namespaces, cgroups, files, shared } })
@@ -390,6 +391,9 @@ impl<'a> Restore<'a> {
 
     fn first_task(&mut self) -> Result<(), RestoreError> {
         self.cgroups = Some(self.cgroup_plan.make()?);
+        if !self.namespaces.has_mount_namespace() && !self.cgroup_plan.is_empty() {
+            self.files.check("/")?;
+        }
         self.namespaces.before_clone()?;
         let made = self.make_first();
         self.namespaces.after_clone()?;

@@ -134,7 +134,7 @@ pub(super) fn find<'a>(hierarchies: &'a Hierarchies, saved: &HierarchyTree) -> O
 }
 
 /// Whether the image describes cgroups of the tasks in it, other than its root.
-fn describes_cgroups(tree: &CgroupTree, saved: &HierarchyTree) -> bool {
+pub(super) fn describes_cgroups(tree: &CgroupTree, saved: &HierarchyTree) -> bool {
     let is_whole = |head: &Directory| head.name.is_empty();
     !saved.heads.iter().all(is_whole)
         || !saved.heads.is_empty() && paths_in(tree, saved).into_iter().any(|path| path != "/")

@@ -130,7 +130,23 @@ impl CgroupTree {
     /// # Errors
     /// Every obstacle at once, before anything is made; or the step that failed, after which what was made is removed.
     pub fn restore(&self, mode: Mode) -> Result<RestoredCgroups, RestoreError> {
-        let hierarchies = Hierarchies::detect()?;
+        self.restore_within(mode, Hierarchies::detect()?)
+    }
+
+    /// The same, in hierarchies that are reached otherwise. One that is mounted nowhere, and in which there is something to make, is
+    /// mounted for this.
+    ///
+    /// # Errors
+    /// As [`CgroupTree::restore`].
+    pub fn restore_within(&self, mode: Mode, mut hierarchies: Hierarchies) -> Result<RestoredCgroups, RestoreError> {
+        for saved in
+            self.hierarchies.iter().filter(|saved| mode != Mode::Ignore && plan::describes_cgroups(self, saved))
+        {
+            if let Err(error) = hierarchies.provide(&saved.controllers) {
+                // Then it is an obstacle, told with all others.
+                tracing::debug!(%error, "a hierarchy of the image cannot be had");
+            }
+        }
         let mut restored =
             RestoredCgroups { sets: HashMap::new(), frozen: Vec::new(), changes: Vec::new(), hierarchies };
         if mode == Mode::Ignore {

@@ -77,6 +77,7 @@ impl CgroupTree {
             return Ok(CgroupTree::default());
         }
         let mut hierarchies = Vec::new();
+        let mut reachable = table.hierarchies().clone();
         for hierarchy in table.hierarchies().iter() {
             let name = hierarchy.name();
             let members = sets.iter().flat_map(|set| &set.members).filter(|member| member.hierarchy == name);
@@ -91,6 +92,10 @@ impl CgroupTree {
             if let Some((_, root)) = root.or_else(|| roots.iter().find(|(controller, _)| controller.is_none())) {
                 heads = topmost(heads.into_iter().chain(std::iter::once(root.as_str())));
             }
+            if !heads.is_empty() {
+                reachable.provide(&hierarchy.controllers)?;
+            }
+            let hierarchy = reachable.by_name(&name).unwrap_or(hierarchy);
             hierarchies.push(collect_hierarchy(hierarchy, &heads, frozen)?);
         }
         Ok(CgroupTree { sets, hierarchies })

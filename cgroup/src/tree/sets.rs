@@ -38,7 +38,14 @@ impl SetTable {
     /// # Errors
     /// When the hierarchies cannot be read.
     pub fn new() -> Result<SetTable, SaveError> {
-        let hierarchies = Hierarchies::detect()?;
+        Self::within(Hierarchies::detect()?)
+    }
+
+    /// The same, with hierarchies that are reached otherwise.
+    ///
+    /// # Errors
+    /// When the caller's own cgroups cannot be read.
+    pub fn within(hierarchies: Hierarchies) -> Result<SetTable, SaveError> {
         let own = hierarchies.of_task(i32::try_from(std::process::id()).unwrap_or_default())?;
         Ok(SetTable {
             hierarchies,

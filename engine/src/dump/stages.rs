@@ -15,7 +15,8 @@ pub enum DumpStage {
     PreDump,
     /// The tree is stopped and, as it has a network namespace of its own, does not answer its peers.
     NetworkLock,
-    /// The images are complete. What is not to run on is still stopped.
+    /// The images are complete. The tree is still stopped, unless it is to run on and the listener does not care
+    /// ([`DumpListener::sees_end`]).
     PostDump,
     /// The tree runs on, or will, and may answer its peers again.
     NetworkUnlock,
@@ -28,6 +29,12 @@ pub trait DumpListener {
     /// # Errors
     /// A sentence; the dump fails with it.
     fn reached(&mut self, stage: DumpStage, root: HostPid) -> Result<(), String>;
+
+    /// Whether the tree is to be kept stopped until [`DumpStage::PostDump`] was dealt with, also when it runs on: for a copy of its
+    /// files that fits the images.
+    fn sees_end(&self) -> bool {
+        false
+    }
 
     /// Whether [`Self::more_external`] may name anything: objects that are refused otherwise may become external then, so
     /// the dump finds refusals only in the stopped tree.
@@ -78,6 +85,10 @@ impl<'a> Listening<'a> {
 
     pub fn reached(&mut self, stage: DumpStage) -> Result<(), DumpError> {
         self.listener.reached(stage, self.root).map_err(|problem| DumpError::Caller { problem })
+    }
+
+    pub fn sees_end(&self) -> bool {
+        self.listener.sees_end()
     }
 
     pub fn names_external(&self) -> bool {

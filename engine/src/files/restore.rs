@@ -389,7 +389,7 @@ impl RestorePlan {
                 || self.terminals.files.contains(id)
                 || self.ghosts.is_remapped(*id)
                 || self.stand_in(*id).is_some();
-            if skipped || !on_mount(reg.mnt_id) {
+            if skipped || !on_mount(reg.mnt_id) || self.is_of_task(&reg.name) {
                 continue;
             }
             if let Err(problem) = look_at(root, reg) {
@@ -400,6 +400,13 @@ impl RestorePlan {
         }
         obstacles.sort_by(|left, right| (left.pid, &left.object).cmp(&(right.pid, &right.object)));
         obstacles
+    }
+
+    /// Whether a file is what `/proc` shows of a task of the tree, which may not exist yet.
+    fn is_of_task(&self, path: &[u8]) -> bool {
+        let number = path.strip_prefix(b"/proc/").and_then(|rest| rest.split(|byte| *byte == b'/').next());
+        let pid = number.and_then(|digits| std::str::from_utf8(digits).ok()?.parse::<i32>().ok());
+        pid.is_some_and(|pid| self.tasks.iter().any(|task| task.pid.0 == pid))
     }
 
     /// Puts a session's failure into words.

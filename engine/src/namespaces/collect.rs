@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::enter::visit;
 use super::kind::{self, NamespaceIds, NamespaceKind};
-use super::mounts::{Finding, Mounts};
+use super::mounts::{FindMounts, Finding, Mounts};
 use super::{ipc, net, time, uts};
 use crate::error::Refusal;
 use crate::images::ids::TaskKobjIdsEntry;
@@ -22,6 +22,8 @@ use crate::tree::TaskRef;
 pub struct NamespaceOptions {
     /// Mounts that the restore is given: where they are in the tree's namespace, and the key by which they are asked for then.
     pub external_mounts: BTreeMap<PathBuf, String>,
+    /// Which other mounts are to be found in ferry's own mount namespace, if any.
+    pub found_mounts: Option<FindMounts>,
     /// Network and pid namespaces that the restore is given, by kind and inode, and the key by which they are asked for then.
     pub external_namespaces: BTreeMap<(NamespaceKind, u64), String>,
     /// Whether the restore is to make an empty network namespace, which others will fill.

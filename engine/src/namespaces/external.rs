@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use super::kind::NamespaceKind;
-use super::{NamespaceOptions, RestoreNamespaceOptions};
+use super::{FindMounts, NamespaceOptions, RestoreNamespaceOptions};
 
 impl NamespaceOptions {
     /// Takes an external mount or namespace; tells whether it is one of these at all.
@@ -15,10 +15,15 @@ impl NamespaceOptions {
         let Some((kind, object, key)) = parse(text) else { return Ok(false) };
         match kind {
             "mnt" => {
+                if object.is_empty() && key.chars().all(|flag| "ms".contains(flag)) {
+                    let before = self.found_mounts.unwrap_or_default();
+                    let (masters, sharing) = (key.contains('m'), key.contains('s'));
+                    self.found_mounts =
+                        Some(FindMounts { masters: before.masters || masters, sharing: before.sharing || sharing });
+                    return Ok(true);
+                }
                 if !object.starts_with('/') || key.is_empty() {
-                    return Err(format!(
-                        "--external {text}: write mnt[/MOUNT/POINT]:KEY; mounts are not found by themselves"
-                    ));
+                    return Err(format!("--external {text}: write mnt[/MOUNT/POINT]:KEY, or mnt[]:FLAGS with m and s"));
                 }
                 self.external_mounts.insert(PathBuf::from(object), key.to_owned());
             }
@@ -40,14 +45,16 @@ impl RestoreNamespaceOptions {
     /// A sentence, when it is one and is wrong.
     pub fn add_external(&mut self, text: &str) -> Result<bool, String> {
         match parse(text) {
+            Some(("mnt", "", _)) => {
+                self.found_mounts = true;
+                Ok(true)
+            }
             Some(("mnt", key, path)) if !key.is_empty() && !path.is_empty() => {
                 let path = std::path::absolute(path).map_err(|error| format!("--external {text}: {error}"))?;
                 self.external_mounts.insert(key.to_owned(), path);
                 Ok(true)
             }
-            Some(("mnt", ..)) => {
-                Err(format!("--external {text}: write mnt[KEY]:PATH; mounts are not found by themselves"))
-            }
+            Some(("mnt", ..)) => Err(format!("--external {text}: write mnt[KEY]:PATH, or mnt[]")),
             _ => Ok(false),
         }
     }
@@ -75,11 +82,10 @@ mod tests {
         assert_eq!(taken, [Ok(true), Ok(true), Ok(true), Ok(false), Ok(false), Ok(false)]);
         assert_eq!(options.external_mounts, [("/a".into(), "b".into())].into());
         assert_eq!(options.external_namespaces[&(NamespaceKind::Net, 12)], "n");
-        assert!(
-            ["mnt[]", "mnt[]:m", "mnt[a]:b", "mnt[/a]", "net[x]:n"]
-                .iter()
-                .all(|text| options.add_external(text).is_err())
-        );
+        assert!(["mnt[]:x", "mnt[a]:b", "mnt[/a]", "net[x]:n"].iter().all(|text| options.add_external(text).is_err()));
+
+        assert_eq!((options.add_external("mnt[]"), options.add_external("mnt[]:m")), (Ok(true), Ok(true)));
+        assert_eq!(options.found_mounts, Some(FindMounts { masters: true, sharing: false }));
 
         let mut options = RestoreNamespaceOptions::default();
         assert_eq!((options.add_external("mnt[b]:/x"), options.add_external("file[1:2]")), (Ok(true), Ok(false)));

@@ -31,7 +31,7 @@ pub use collect::{CollectNamespacesError, Collected, DumpNamespacesError, Namesp
 pub(crate) use enter::visit;
 pub use kind::{NamespaceIds, NamespaceKind};
 pub use mountinfo::{Device, ImagePath, Mount, MountTable};
-pub use mounts::RestoreMountsError;
+pub use mounts::{FindMounts, RestoreMountsError};
 pub(crate) use net::netlink;
 pub use net::raise_loopback;
 pub use plan::{NamespaceObstacle, PlanNamespacesError, RestoreNamespaceOptions, RestoreNamespacesError, RestorePlan};

@@ -36,6 +36,8 @@ pub struct RestoreNamespaceOptions {
     pub root: Option<PathBuf>,
     /// What external mounts are, by their keys: paths here.
     pub external_mounts: BTreeMap<String, PathBuf>,
+    /// Whether mounts that the dump found outside by itself are taken from where it found them.
+    pub found_mounts: bool,
     /// What external network and pid namespaces are, by their keys.
     pub external_namespaces: BTreeMap<String, OwnedFd>,
     /// Namespaces that the tree is to join, instead of those of the images.
@@ -171,7 +173,7 @@ impl RestorePlan {
                     .entries(Kind::Mnts, &name)?
                     .ok_or_else(|| PlanNamespacesError::Missing { name: name.clone() })?;
                 let root = options.root.clone().unwrap_or_else(|| "/".into());
-                let mounts = MountPlan::new(&entries, images, root, &options.external_mounts)
+                let mounts = MountPlan::new(&entries, images, root, &options.external_mounts, options.found_mounts)
                     .map_err(|problem| PlanNamespacesError::Damaged { name, problem })?;
                 let obstacle = |finding: &Finding| NamespaceObstacle {
                     object: finding.object.clone(),

@@ -13,7 +13,12 @@ use crate::failure::Failure;
 pub fn options(options: &Options) -> Result<CgroupOptions, Failure> {
     let mode = options.manage_cgroups.as_deref().unwrap_or_default().parse::<Mode>()?;
     let roots = options.cgroup_root.iter().map(|root| parse_root(root)).collect::<Result<_, _>>()?;
-    Ok(CgroupOptions { mode, roots, controllers: options.cgroup_dump_controller.clone() })
+    Ok(CgroupOptions {
+        mode,
+        roots,
+        controllers: options.cgroup_dump_controller.clone(),
+        yard: options.cgroup_yard.clone(),
+    })
 }
 
 /// `[CONTROLLER:]/PATH`.

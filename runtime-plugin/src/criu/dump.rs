@@ -5,13 +5,13 @@ use std::time::Duration;
 use ferry_engine::dump::{After, DumpError, DumpOptions, dump_telling};
 use ferry_engine::fault::Faults;
 use ferry_engine::freeze::FreezeError;
-use ferry_engine::images::{FolderOptions, FolderSink};
+use ferry_engine::images::{FolderOptions, FolderSink, Kind};
 use ferry_engine::procfs::Stat;
 use ferry_engine::sys::HostPid;
 
 use super::listen::{Client, Listeners};
 use super::options::Options;
-use super::{freezer, images_dir, parse_size, work_dir, write_new};
+use super::{freezer, images_dir, outside, parse_size, stats, work_dir, write_new};
 use crate::failure::Failure;
 use crate::guard::Worker;
 
@@ -41,8 +41,12 @@ pub fn run(options: &Options, client: Option<&dyn Client>, worker: &Worker) -> R
             error => error.into(),
         },
     )?;
-    write_new(&work_dir(options).join("stats-dump"), &dumped.stats_image())
+    let image = dumped.stats_image();
+    write_new(&work_dir(options).join("stats-dump"), &image)
         .map_err(|error| Failure::new(format!("the dump is complete, but stats-dump cannot be written: {error}")))?;
+    if options.display_stats {
+        stats::print(Kind::StatsDump, &image)?;
+    }
     tracing::info!("Dumping finished successfully");
     Ok(())
 }
@@ -83,14 +87,6 @@ fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
     dump.files.outside_stdio = options.shell_job;
     dump.files.outside_terminal = options.shell_job;
     dump.namespaces.empty_net = options.empty_ns.iter().any(|kind| kind == "net");
-    let by_map = options.ext_mount_map.iter().map(|map| match map.split_once(':') {
-        Some((point, key)) => format!("mnt[{point}]:{key}"),
-        None => format!("mnt[{map}]"),
-    });
-    for external in options.external.iter().cloned().chain(by_map) {
-        if !dump.namespaces.add_external(&external).map_err(Failure::new)? {
-            dump.files.external.insert(external);
-        }
-    }
+    outside::for_dump(options, &mut dump)?;
     Ok(dump)
 }

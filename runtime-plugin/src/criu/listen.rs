@@ -97,6 +97,10 @@ impl DumpListener for Listeners<'_> {
         self.tell(event, Some(root)).map_err(|failure| failure.to_string())
     }
 
+    fn sees_end(&self) -> bool {
+        self.client.is_some() || !self.scripts.scripts.is_empty()
+    }
+
     fn names_external(&self) -> bool {
         self.client.is_some_and(Client::names_external)
     }

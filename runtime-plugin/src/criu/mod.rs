@@ -4,19 +4,23 @@
 //! with 1 and its log's last line with level `Error` says why.
 
 mod cgroups;
+mod check;
 pub mod config;
 mod dump;
 mod freezer;
 mod listen;
 mod log;
 pub mod options;
+mod outside;
 mod restore;
 mod rpc;
+mod stats;
 mod words;
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -84,27 +88,75 @@ fn run(options: &Options) -> Outcome {
     let Some(command) = options.command.as_deref() else {
         return Err(Failure::new("no command given: use dump, restore or check; see criu --help"));
     };
+    let takes_more = options.exec_cmd || matches!(command, "cpuinfo" | "swrk");
+    if let (Some(word), false) = (options.rest.first(), takes_more) {
+        return Err(Failure::new(format!("{} is one word too many for {command}", word.to_string_lossy())));
+    }
+    for descriptor in &options.close {
+        nix::unistd::close(*descriptor)
+            .map_err(|errno| Failure::new(format!("--close {descriptor}: it cannot be closed: {errno}")))?;
+    }
     match command {
-        "dump" | "restore" => {
-            install_log(options)?;
-            let unsupported = options.unsupported();
-            if !unsupported.is_empty() {
-                return Err(Failure::new(format!("ferry does not support {} yet", unsupported.join(", "))));
-            }
-            if command == "dump" {
-                return guard::run(|worker| dump::run(options, None, worker).map(|()| ExitCode::SUCCESS));
-            }
-            restore::run(options, None)?;
-            Ok(ExitCode::SUCCESS)
+        "dump" => {
+            let options = begin(options)?;
+            guard::run(|worker| dump::run(&options, None, worker).map(|()| ExitCode::SUCCESS))
         }
-        "check" => check(options),
+        "restore" => {
+            let options = begin(options)?;
+            restore::run(&options, None)?;
+            if options.exec_cmd { exec(&options.rest) } else { Ok(ExitCode::SUCCESS) }
+        }
+        "check" => check::run(options),
         "swrk" => rpc::swrk(options),
         "service" => rpc::service(options),
-        "pre-dump" | "page-server" | "lazy-pages" | "exec" | "dedup" | "cpuinfo" => {
+        "exec" => Err(Failure::new("the command exec is not part of CRIU 4 any more, nor of ferry")),
+        "show" => Err(Failure::new("the command show is not part of CRIU 4 any more: crit decode shows images")),
+        "pre-dump" | "page-server" | "lazy-pages" | "dedup" | "cpuinfo" => {
             Err(Failure::new(format!("ferry does not support the command {command} yet")))
         }
         other => Err(Failure::new(format!("unknown command {other}: use dump, restore or check; see criu --help"))),
     }
+}
+
+/// What stands before every dump and restore: the log, the work folder, and what these options cannot mean. Relative paths are from the
+/// work folder then, as with CRIU, but for the folder of the images.
+fn begin(options: &Options) -> Result<Options, Failure> {
+    let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+    let mut options = options.clone();
+    options.images_dir = Some(absolute(images_dir(&options).to_owned()));
+    options.work_dir = Some(absolute(work_dir(&options)));
+    let work_dir = work_dir(&options);
+    install_log(&options)?;
+    std::env::set_current_dir(&work_dir)
+        .map_err(|error| Failure::from(error).context(format!("cannot change to {}", work_dir.display())))?;
+    let unsupported = options.unsupported();
+    if !unsupported.is_empty() {
+        return Err(Failure::new(format!("ferry does not support {} yet", unsupported.join(", "))));
+    }
+    let of_restores = [
+        ("--inherit-fd", !options.inherit_fd.is_empty()),
+        ("--join-ns", !options.join_ns.is_empty()),
+        ("--mntns-compat-mode", options.mntns_compat_mode),
+        ("--exec-cmd", options.exec_cmd),
+    ];
+    let misplaced = of_restores.iter().find(|(_, given)| *given && options.command.as_deref() != Some("restore"));
+    if let Some((name, _)) = misplaced {
+        return Err(Failure::new(format!("{name} is for restore only")));
+    }
+    if options.restore_sibling && !options.restore_detached {
+        return Err(Failure::new("--restore-sibling is for --restore-detached only"));
+    }
+    if options.exec_cmd && (options.restore_detached || options.rest.is_empty()) {
+        return Err(Failure::new("--exec-cmd wants a command after --, and no --restore-detached"));
+    }
+    Ok(options)
+}
+
+/// Becomes the command that was given; the restored root is its child.
+fn exec(command: &[OsString]) -> Outcome {
+    let Some((program, arguments)) = command.split_first() else { return Ok(ExitCode::SUCCESS) };
+    let error = std::process::Command::new(program).args(arguments).exec();
+    Err(Failure::from(error).context(format!("the tree runs, but {} cannot be started", program.to_string_lossy())))
 }
 
 /// Sends the log where `-o` says: into the work folder, which is the image folder unless given.
@@ -139,34 +191,4 @@ fn work_dir(options: &Options) -> PathBuf {
 /// Where images are.
 fn images_dir(options: &Options) -> &Path {
     options.images_dir.as_deref().unwrap_or(Path::new("."))
-}
-
-/// Features that `criu check --feature` is asked for, and whether this engine and kernel have them.
-///
-/// `check` alone tells whether what every dump needs is there: ptrace on others' tasks and `/proc/PID/map_files`.
-#[allow(clippy::print_stdout, reason = "the answer to a command belongs on standard output")]
-fn check(options: &Options) -> Outcome {
-    if let Some(feature) = options.feature.last() {
-        let present = match feature.as_str() {
-            "mnt_id"
-            | "aio_remap"
-            | "fdinfo_lock"
-            | "seccomp_filters"
-            | "seccomp_suspend"
-            | "loginuid"
-            | "cgroupns"
-            | "sk_unix_file"
-            | "rseq"
-            | "get_rseq_conf"
-            | "clone3_set_tid"
-            | "pagemap_scan"
-            | "move_mount_set_group" => true,
-            "timens" => Path::new("/proc/self/ns/time").exists(),
-            _ => false,
-        };
-        return if present { Ok(ExitCode::SUCCESS) } else { Ok(ExitCode::FAILURE) };
-    }
-    ferry_engine::preflight::check_host()?;
-    println!("Looks good.");
-    Ok(ExitCode::SUCCESS)
 }

@@ -13,6 +13,7 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::Finding;
 use super::order::{HIDDEN_PEER, hidden_peers, order};
+use super::outside;
 use super::record::Record;
 use super::source::{self, Source};
 use crate::file_tree::pack;
@@ -21,7 +22,7 @@ use crate::namespaces::enter::visit;
 use crate::namespaces::kind::NamespaceKind;
 use crate::namespaces::mountinfo::{Mount, MountTable};
 use crate::namespaces::{DumpNamespacesError, NamespaceOptions};
-use crate::sys::NsPid;
+use crate::sys::{HostPid, NsPid};
 use crate::tree::TaskRef;
 
 /// The mounts of a tree's namespace.
@@ -49,7 +50,7 @@ impl Mounts {
             }
             let external =
                 options.external_mounts.get(&mount.point).filter(|_| mount.point.as_os_str() != "/").cloned();
-            Record { mount, external }
+            Record { mount, external, peers_inside: false }
         };
         // Readers of images build the tree from a list in which the last mounted comes first.
         let records: Vec<Record> = table.mounts().iter().rev().map(record).collect();
@@ -67,6 +68,10 @@ impl Mounts {
                         problem: "the root task sees only a part of it (chroot)".into(),
                         remedy: "start it by pivot_root".into(),
                     });
+                }
+                if let Some(which) = options.found_mounts {
+                    let own = MountTable::read(HostPid(std::process::id() as i32))?;
+                    outside::find(&mut mounts.records, place, &own, which);
                 }
                 mounts.find_sources(place, &table, &mut findings);
             }

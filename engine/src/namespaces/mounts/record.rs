@@ -17,6 +17,8 @@ pub struct Record {
     pub mount: Mount,
     /// The key by which the restore is given it from outside.
     pub external: Option<String>,
+    /// Of an external mount that was found by itself: its peers are the tree's own, not the outside's.
+    pub peers_inside: bool,
 }
 
 /// How images call file systems.
@@ -78,6 +80,7 @@ impl Record {
             master_id: Some(mount.master.unwrap_or(0)),
             sb_flags: Some(mount.super_flags as u32),
             ext_key: self.external.clone(),
+            internal_sharing: self.peers_inside.then_some(true),
             deleted: mount.deleted.then_some(true),
             ..MntEntry::default()
         }
@@ -117,6 +120,7 @@ impl Record {
                 unbindable: flags & libc::MS_UNBINDABLE != 0,
             },
             external: entry.ext_key.clone().filter(|key| !key.is_empty()),
+            peers_inside: entry.internal_sharing.unwrap_or(false),
         })
     }
 
@@ -162,7 +166,7 @@ mod tests {
                 shared: Some(7),
                 ..Mount::default()
             },
-            external: None,
+            ..Record::default()
         }
     }
 

@@ -19,6 +19,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 
 use super::Finding;
 use super::order::{HIDDEN_PEER, hidden_peers, order};
+use super::outside::FOUND;
 use super::record::Record;
 use super::script::{Script, StepError};
 use super::source::{self, Source};
@@ -57,6 +58,8 @@ pub struct MountPlan {
     order: Vec<usize>,
     content: HashMap<usize, RawImage>,
     given: HashMap<String, PathBuf>,
+    /// Whether what the dump found outside is looked for where it was.
+    found: bool,
     root_path: PathBuf,
     findings: Vec<Finding>,
 }
@@ -103,6 +106,7 @@ impl MountPlan {
         images: &ImageSet,
         root_path: PathBuf,
         given: &BTreeMap<String, PathBuf>,
+        found: bool,
     ) -> Result<Self, String> {
         let mounts: Vec<Record> = entries.iter().map(Record::from_image).collect::<Result<_, _>>()?;
         let root = source::root(&mounts)?;
@@ -130,7 +134,7 @@ impl MountPlan {
             }
         }
         let given = given.iter().map(|(key, path)| (key.clone(), path.clone())).collect();
-        let mut plan = Self { mounts, root, sources, order, content, given, root_path, findings };
+        let mut plan = Self { mounts, root, sources, order, content, given, found, root_path, findings };
         plan.find_obstacles();
         Ok(plan)
     }
@@ -154,7 +158,12 @@ impl MountPlan {
         for (place, record) in self.mounts.iter().enumerate() {
             let point = &record.mount.point;
             if let Source::External(key) = &self.sources[place] {
-                match self.given.get(key) {
+                match self.given_for(place) {
+                    None if key == FOUND => find(
+                        record,
+                        format!("it was found at {} of the host", record.mount.source.display()),
+                        "allow that again: --external 'mnt[]'".into(),
+                    ),
                     None => find(
                         record,
                         format!("it is external, and nothing is given for its key {key:?}"),
@@ -219,26 +228,12 @@ impl MountPlan {
 
     /// Keeps what is given from outside, and makes the new root the task's root.
     fn enter_root(&self, script: &mut Script<'_, Kept>) -> Result<(), RestoreMountsError> {
+        self.take_given(script, |place| self.keeps_peers(place))?;
         let slash = script.path("/");
         // Slaves, so that nothing goes out, and what is given may go on to receive from outside.
         let flags = libc::MS_REC | libc::MS_SLAVE;
         script.call("mount /", "detach it from ferry's", libc::SYS_mount, &[0, slash.0, 0, flags, 0]);
-        for (place, source) in self.sources.iter().enumerate() {
-            if let Source::External(key) = source
-                && let Some(path) = self.given.get(key)
-            {
-                script.make_room()?;
-                let object = self.mounts[place].name();
-                let path = script.path(path.as_os_str().as_bytes());
-                script.open(
-                    Kept::Copy(place),
-                    &object,
-                    "take what is given for it",
-                    libc::SYS_open_tree,
-                    &[CURRENT, path.0, OPEN_TREE],
-                );
-            }
-        }
+        self.take_given(script, |place| !self.keeps_peers(place))?;
         let object = format!("the new root {}", self.root_path.display());
         let root = self.root_path.as_os_str().as_bytes();
         script.make_room()?;
@@ -260,9 +255,46 @@ impl MountPlan {
         Ok(())
     }
 
+    /// Copies what is given for external mounts, for those of them that are `chosen`.
+    fn take_given(
+        &self,
+        script: &mut Script<'_, Kept>,
+        chosen: impl Fn(usize) -> bool,
+    ) -> Result<(), RestoreMountsError> {
+        for place in (0..self.mounts.len()).filter(|place| chosen(*place)) {
+            let Some(path) = self.given_for(place) else { continue };
+            script.make_room()?;
+            let object = self.mounts[place].name();
+            let path = script.path(path.as_os_str().as_bytes());
+            script.open(
+                Kept::Copy(place),
+                &object,
+                "take what is given for it",
+                libc::SYS_open_tree,
+                &[CURRENT, path.0, OPEN_TREE],
+            );
+        }
+        Ok(())
+    }
+
+    /// What is given for an external mount.
+    fn given_for(&self, place: usize) -> Option<&Path> {
+        let Source::External(key) = &self.sources[place] else { return None };
+        if key == FOUND {
+            return self.found.then(|| Path::new(&self.mounts[place].mount.source));
+        }
+        self.given.get(key).map(PathBuf::as_path)
+    }
+
+    /// Whether an external mount stays a peer of the mount outside that it is copied from.
+    fn keeps_peers(&self, place: usize) -> bool {
+        let Record { mount, external, peers_inside } = &self.mounts[place];
+        external.as_deref() == Some(FOUND) && mount.shared.is_some() && !peers_inside
+    }
+
     /// Peer groups, and who receives from whom. All mounts are there.
     fn restore_propagation(&self, script: &mut Script<'_, Kept>) -> Result<(), RestoreMountsError> {
-        let mut places: Vec<usize> = (0..self.mounts.len()).collect();
+        let mut places: Vec<usize> = (0..self.mounts.len()).filter(|place| !self.keeps_peers(*place)).collect();
         // A slave takes its master from a member of the group, which comes before: whoever is no slave itself, and then
         // the first of each group.
         places.sort_by_key(|place| {
@@ -404,7 +436,10 @@ impl Maker<'_> {
             let arguments = [0, point.0, 0, libc::MS_REMOUNT | libc::MS_BIND | flags, 0];
             script.call(&object, "set its flags", libc::SYS_mount, &arguments);
         }
-        if !is_new && mount.master.is_none_or(|master| plan.first_of_group(master).is_some()) {
+        if !is_new
+            && !plan.keeps_peers(place)
+            && mount.master.is_none_or(|master| plan.first_of_group(master).is_some())
+        {
             script.call(&object, "set its propagation", libc::SYS_mount, &[0, point.0, 0, libc::MS_PRIVATE, 0]);
         }
         Ok(())

@@ -108,7 +108,7 @@ pub fn sources(mounts: &[Record], root: usize) -> Vec<Result<Source, NoSource>> 
     let given: Vec<usize> =
         (0..mounts.len()).filter(|place| *place == root || mounts[*place].external.is_some()).collect();
     let find = |place: usize| {
-        let Record { mount, external } = &mounts[place];
+        let Record { mount, external, .. } = &mounts[place];
         if place == root {
             return Ok(Source::Root);
         }
@@ -186,7 +186,7 @@ pub(super) mod tests {
                 fs_type: (*kind).into(),
                 ..Mount::default()
             },
-            external: None,
+            ..Record::default()
         };
         list.iter().map(record).collect()
     }
