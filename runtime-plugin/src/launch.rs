@@ -4,6 +4,7 @@
 //! `container_main_process` is done here instead: from a config in memory, with ferry's cgroup path and state. The
 //! order is that of the builders: socket for the start, `oom_score_adj`, not dumpable, then the process.
 
+mod copy_up;
 mod program;
 mod tenant;
 
@@ -179,14 +180,15 @@ pub fn create(
 ) -> Result<Container> {
     check_preserved(passed.preserve_fds)?;
     let cgroup = ContainerCgroup::of_spec(&bundle.spec, id, systemd)?;
-    let spec = bundle.spec_with_cgroup(&cgroup);
+    let mut spec = bundle.spec_with_cgroup(&cgroup);
     let new = NewContainer::claim(root, id, &bundle.directory, &spec, cgroup)?;
+    let copied = copy_up::take(&mut spec);
     let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
     let has_own_network = makes_network(&spec);
     let pid = main_process(ProcessPlan {
         kind: ContainerType::InitContainer,
         spec: Rc::new(spec),
-        rootfs,
+        rootfs: rootfs.clone(),
         notify: new.directory().join(NOTIFY_FILE),
         container: new.library().clone(),
         cgroup: new.cgroup(),
@@ -194,13 +196,15 @@ pub fn create(
         passed,
     })?;
     let container = new.keep(pid, ContainerStatus::Created)?;
-    if has_own_network {
-        raise_loopback(pid).map_err(|error| {
-            let left = crate::lifecycle::delete::destroy(&container).err();
-            let left = left.map(|left| format!("; and the container could not be removed: {left}")).unwrap_or_default();
-            LaunchError::Process { reason: format!("cannot raise its loopback link: {error}{left}") }
-        })?;
-    }
+    let network = if has_own_network { raise_loopback(pid) } else { Ok(()) };
+    let finished = network
+        .map_err(|error| format!("cannot raise its loopback link: {error}"))
+        .and_then(|()| copy_up::fill(&copied, &rootfs, pid).map_err(|error| format!("cannot fill its tmpfs {error}")));
+    finished.map_err(|reason| {
+        let left = crate::lifecycle::delete::destroy(&container).err();
+        let left = left.map(|left| format!("; and the container could not be removed: {left}")).unwrap_or_default();
+        LaunchError::Process { reason: reason + &left }
+    })?;
     Ok(container)
 }
 

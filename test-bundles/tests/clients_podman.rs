@@ -87,6 +87,20 @@ fn without_files_with_locks(runtime: PathBuf) -> Outcome {
     podman.end()
 }
 
+/// A read-only root; the libraries of the program are in a tmpfs that begins with what the image has there.
+fn read_only(runtime: PathBuf) -> Outcome {
+    let place = Place::new()?;
+    let podman = Podman::new(&place, runtime)?;
+    podman.start("service", &["--read-only", "--tmpfs", "/lib"])?;
+    podman.checkpoint(&[])?;
+    podman.restore(&[])?;
+    let inside = podman.run(&["exec", NAME, "sh", "-c", "touch /etc/file 2>&1; touch /lib/file && echo written"])?;
+    if inside != "touch: /etc/file: Read-only file system\nwritten\n" {
+        return Err(format!("the file systems are others: {inside}"));
+    }
+    podman.end()
+}
+
 #[test]
 fn ferry_is_the_runtime_in_place() -> Outcome {
     in_place(programs::ferry()?)
@@ -100,6 +114,16 @@ fn ferry_is_the_runtime_through_archives() -> Outcome {
 #[test]
 fn ferry_is_the_runtime_without_files_with_locks() -> Outcome {
     without_files_with_locks(programs::ferry()?)
+}
+
+#[test]
+fn ferry_is_the_runtime_read_only() -> Outcome {
+    read_only(programs::ferry()?)
+}
+
+#[test]
+fn runc_is_the_runtime_read_only() -> Outcome {
+    read_only(programs::installed("runc")?)
 }
 
 #[test]
