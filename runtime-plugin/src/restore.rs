@@ -3,6 +3,7 @@
 //! The order: flags, bundle, source; then the name and the cgroup with its limits; the tree (`load`); and the state
 //! that makes every other command work on the container. On failure neither process, cgroup nor state is left.
 
+mod config;
 mod layer;
 mod load;
 mod mountpoints;

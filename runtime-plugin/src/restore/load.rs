@@ -5,14 +5,14 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use ferry_engine::fault::Faults;
 use ferry_engine::file_tree::{DELETED_FILES, ROOTFS_DIFF};
-use ferry_engine::images::{FolderSource, ImageSet, Source as ImageSource};
+use ferry_engine::images::{FolderSource, ImageSet, RawRegion, Source as ImageSource};
 use ferry_engine::namespaces::RestoreNamespaceOptions;
 use ferry_engine::restore::{RestoreOptions, Stage, TakeTerminal, restore};
 use ferry_engine::sys::HostPid;
 use ferry_hooks::{State, Status};
 
 use super::layer::{Layer, Members};
-use super::{Plan, Source};
+use super::{Plan, Source, config};
 use crate::archive;
 use crate::checkpoint::DESCRIPTORS;
 use crate::externals;
@@ -21,9 +21,10 @@ use crate::progress::Bar;
 
 /// Runs the engine; the pid of the container's first process. On failure nothing of the tree is left.
 pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
-    let Opened { source, stdio, members } = open(&plan.source)?;
+    let Opened { source, stdio, members, saved } = open(&plan.source)?;
     let images = ImageSet::open(source)?;
     let spec = &plan.bundle.spec;
+    config::check(&images, saved, spec)?;
     let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
     let layer = Layer::read(&images, members, &rootfs, plan.args.ignore_rootfs)?;
     let outside = externals::mounts(spec, &plan.bundle.directory, &rootfs, plan.new.cgroup());
@@ -72,13 +73,16 @@ struct Opened {
     /// What the first process's standard descriptors were, if that was kept.
     stdio: Option<Vec<u8>>,
     members: Members,
+    /// The config that the container had.
+    saved: Option<RawRegion>,
 }
 
 fn open(source: &Source) -> Result<Opened, Failure> {
     match source {
         Source::Folder(folder) => {
             let stdio = fs::read(folder.join(DESCRIPTORS)).ok();
-            Ok(Opened { source: Box::new(FolderSource::open(folder)?), stdio, members: Members::default() })
+            let source = Box::new(FolderSource::open(folder)?);
+            Ok(Opened { source, stdio, members: Members::default(), saved: None })
         }
         Source::Archive(path) => from_archive(archive::open(path)?),
         Source::Stream => from_archive(archive::read(std::io::stdin())?),
@@ -88,7 +92,8 @@ fn open(source: &Source) -> Result<Opened, Failure> {
 fn from_archive(archive: ferry_engine::images::ArchiveSource) -> Result<Opened, Failure> {
     let stdio = archive.member(DESCRIPTORS).map(|member| member.to_vec(DESCRIPTORS)).transpose()?;
     let members = Members { diff: archive.member(ROOTFS_DIFF), deleted: archive.member(DELETED_FILES) };
-    Ok(Opened { source: Box::new(archive), stdio, members })
+    let saved = archive.member(config::SAVED);
+    Ok(Opened { source: Box::new(archive), stdio, members, saved })
 }
 
 /// Standard descriptors that were pipes lead to whoever restores, as with runc: their other ends are gone.
