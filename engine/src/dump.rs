@@ -7,6 +7,7 @@
 mod collect;
 mod memory;
 mod records;
+pub(crate) mod relations;
 mod stages;
 
 use std::io;
@@ -226,7 +227,7 @@ pub enum DumpError {
 impl From<FreezeError> for DumpError {
     fn from(error: FreezeError) -> Self {
         match error {
-            FreezeError::Outsiders { refusals } => Self::Refused { refusals },
+            FreezeError::Refused { refusals } => Self::Refused { refusals },
             FreezeError::Interrupted(interrupted) => Self::Interrupted(interrupted),
             error => Self::Freeze(error),
         }

@@ -83,9 +83,9 @@ pub enum FreezeError {
         /// The threads.
         stragglers: Vec<Straggler>,
     },
-    /// Processes that are not of the tree are in its cgroup or pid namespace.
+    /// Processes that are not of the tree are in its cgroup or pid namespace, or it has a process that cannot be saved.
     #[error("{refusals}")]
-    Outsiders {
+    Refused {
         /// One for each.
         refusals: Refusals,
     },
@@ -196,5 +196,5 @@ impl StoppedTree {
 }
 
 fn refuse(refusals: Vec<crate::error::Refusal>) -> Result<(), FreezeError> {
-    if refusals.is_empty() { Ok(()) } else { Err(FreezeError::Outsiders { refusals: Refusals(refusals) }) }
+    if refusals.is_empty() { Ok(()) } else { Err(FreezeError::Refused { refusals: Refusals(refusals) }) }
 }

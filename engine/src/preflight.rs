@@ -3,7 +3,10 @@
 //! Nothing is stopped or changed. Tasks and descriptors that vanish meanwhile are passed over; what appears meanwhile, and
 //! what only a stopped task shows, is found by the recheck of the dump itself.
 
-use crate::dump::{DumpError, DumpOptions};
+use std::collections::HashSet;
+use std::time::Duration;
+
+use crate::dump::{DumpError, DumpOptions, relations};
 use crate::error::Refusal;
 use crate::files::{FilesCollector, FilesOptions};
 use crate::freeze::{FreezeError, Surroundings};
@@ -38,10 +41,17 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, Dump
     let (tasks, jobs) = list(root)?;
     let freezer = options.freezer.as_ref();
     let (surroundings, mut refusals) = Surroundings::look(root, tasks[0].ns_pid, freezer);
+    refusals.extend(relations::outside_job(&tasks[0], &jobs[0].ids, jobs[0].ids.pid.len() - 1, options));
     if let Some(Err(error)) = freezer.map(|freezer| freezer.foresee(|_| true)) {
         refusals.push(tasks[0].refuse("cgroup", sentence(&error), ""));
     }
-    for task in &tasks {
+    for (task, job) in tasks.iter().zip(&jobs) {
+        if let Some(parent) = job.parent {
+            refusals.extend(relations::shared_with_running_parent(task, &tasks[parent]));
+        }
+        if job.stat.state == 'Z' && is_without_leader(task.pid) {
+            refusals.push(relations::without_leader(task));
+        }
         for mapping in mappings::collect_names(task.pid).unwrap_or_default() {
             refusals.extend(mappings::refusal(task, &mapping));
         }
@@ -51,8 +61,8 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, Dump
     refusals.extend_from_slice(namespaces.refusals());
     let files = FilesOptions { stopped: false, ..options.files.clone() };
     let mut collector = FilesCollector::new(root, files).map_err(DumpError::read(root, "mounts"))?;
-    for (task, (stat, ids)) in tasks.iter().zip(&jobs) {
-        collector.add_job(task, stat, ids);
+    for (task, job) in tasks.iter().zip(&jobs) {
+        collector.add_job(task, &job.stat, &job.ids);
         collector.add_task(task);
     }
     refusals.extend(collector.refusals());
@@ -69,30 +79,51 @@ fn sentence(error: &dyn std::error::Error) -> String {
 }
 
 /// What the kernel says of a process as a whole.
-type Job = (Stat, Ids);
+struct Job {
+    stat: Stat,
+    ids: Ids,
+    /// The place of its parent in the list.
+    parent: Option<usize>,
+}
 
 /// The processes of a running tree that are alive, parents first.
 fn list(root: HostPid) -> Result<(Vec<TaskRef>, Vec<Job>), DumpError> {
-    let (task, job) = open(root).ok_or(FreezeError::NoProcess { pid: root })?;
-    let (mut tasks, mut jobs) = (vec![task], vec![job]);
+    let (task, job) = open(root, None).ok_or(FreezeError::NoProcess { pid: root })?;
+    let (mut tasks, mut jobs, mut seen) = (vec![task], vec![job], HashSet::from([root]));
     let mut next = 0;
     while let Some(pid) = tasks.get(next).map(|task| task.pid) {
-        next += 1;
         for tid in procfs::threads(pid).unwrap_or_default() {
-            for (task, job) in procfs::children(pid, tid).unwrap_or_default().into_iter().filter_map(open) {
-                tasks.push(task);
-                jobs.push(job);
+            // One that comes to another parent meanwhile may be met again.
+            let children = procfs::children(pid, tid).unwrap_or_default();
+            for child in children.into_iter().filter(|child| seen.insert(*child)) {
+                if let Some((task, job)) = open(child, Some(next)) {
+                    tasks.push(task);
+                    jobs.push(job);
+                }
             }
         }
+        next += 1;
     }
     Ok((tasks, jobs))
 }
 
-fn open(pid: HostPid) -> Option<(TaskRef, Job)> {
-    let stat = Stat::read(pid).ok().filter(|stat| stat.state != 'Z')?;
+fn open(pid: HostPid, parent: Option<usize>) -> Option<(TaskRef, Job)> {
+    let stat = Stat::read(pid).ok().filter(|stat| stat.state != 'Z' || procfs::has_living_threads(pid))?;
     let ids = Ids::read(pid).ok()?;
-    Some((TaskRef::open(pid, ids.innermost(), stat.comm.clone()).ok()?, (stat, ids)))
+    Some((TaskRef::open(pid, ids.innermost(), stat.comm.clone()).ok()?, Job { stat, ids, parent }))
 }
+
+/// Whether the process lives on after the end of its first thread, rather than ending now.
+fn is_without_leader(pid: HostPid) -> bool {
+    let is = || Stat::read(pid).is_ok_and(|stat| stat.state == 'Z') && procfs::has_living_threads(pid);
+    is() && {
+        std::thread::sleep(EXIT_TIME);
+        is()
+    }
+}
+
+/// Longer than a process takes to end all its threads.
+const EXIT_TIME: Duration = Duration::from_millis(20);
 
 /// Whether this host lets ferry do what every dump needs.
 ///

@@ -189,6 +189,12 @@ pub fn threads(pid: HostPid) -> io::Result<Vec<HostPid>> {
     Ok(threads)
 }
 
+/// Whether the process has threads that have not ended, though its first thread may have.
+pub fn has_living_threads(pid: HostPid) -> bool {
+    let lives = |tid| Stat::read(tid).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'));
+    threads(pid).is_ok_and(|threads| threads.into_iter().any(lives))
+}
+
 /// The children that one thread has made or adopted.
 ///
 /// # Errors

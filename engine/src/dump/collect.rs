@@ -27,7 +27,7 @@ use crate::memory::staging::Staging;
 use crate::namespaces;
 use crate::procfs::Ids;
 use crate::sys::robust::RobustList;
-use crate::sys::{HostPid, NsPid, kcmp};
+use crate::sys::{HostPid, NsPid};
 use crate::task::process::{Process, dump_leader, dump_zombie};
 use crate::task::refuse;
 use crate::task::seccomp::FilterTable;
@@ -36,6 +36,7 @@ use crate::task::thread::{Thread, dump_thread};
 use crate::task::{ProcessAnswers, ProcessOutside, ProcessQuestions, ThreadAnswers, ThreadOutside, ThreadQuestions};
 use crate::tree::TaskRef;
 
+use super::relations::{outside_job, shared_with_parent};
 use super::{DumpError, DumpOptions};
 
 /// A process as it is to be saved.
@@ -178,40 +179,6 @@ fn name_objects(state: &mut ProcessState, number: u32, namespaces: &namespaces::
     if let Some((_, leader)) = state.cores.first_mut() {
         leader.ids = Some(ids);
     }
-}
-
-/// A tree whose session or group is led from outside can only be restored into another job of a shell.
-fn outside_job(task: &TaskRef, ids: &Ids, level: usize, options: &DumpOptions) -> Option<Refusal> {
-    let at = |ids: &[i32]| ids.get(level).copied().unwrap_or(0);
-    let (session, group) = (at(&ids.session), at(&ids.group));
-    if options.shell_job || (session == task.ns_pid.0 && (group == task.ns_pid.0)) {
-        return None;
-    }
-    Some(task.refuse(
-        "session",
-        format!("the root of the tree does not lead its session {session} and process group {group}"),
-        "start it with setsid, or give --shell-job to have it restored into the session of whoever restores it",
-    ))
-}
-
-/// Objects that processes share when they were cloned so, and that cannot be saved as shared yet.
-fn shared_with_parent(task: &TaskRef, parent: &TaskRef) -> Vec<Refusal> {
-    let kinds = [
-        (kcmp::Kind::Vm, "memory", "CLONE_VM"),
-        (kcmp::Kind::Fs, "working directory and root", "CLONE_FS"),
-        (kcmp::Kind::Sighand, "signal handlers", "CLONE_SIGHAND"),
-    ];
-    kinds
-        .into_iter()
-        .filter(|(kind, ..)| kcmp::compare(*kind, (task.pid, 0), (parent.pid, 0)).is_ok_and(|order| order.is_eq()))
-        .map(|(_, what, flag)| {
-            task.refuse(
-                what,
-                format!("it is shared with pid {} ({}) by clone(2), {flag}", parent.ns_pid, parent.comm),
-                "processes that share it cannot be saved yet",
-            )
-        })
-        .collect()
 }
 
 struct Collector<'a> {

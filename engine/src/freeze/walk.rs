@@ -15,10 +15,12 @@ use super::FreezeError;
 use super::held::{Held, Progress};
 use super::{StoppedProcess, StoppedThread};
 use crate::agent::inject::Context;
-use crate::dump::DumpOptions;
+use crate::dump::{DumpOptions, relations};
+use crate::error::Refusal;
 use crate::fault::{DumpStep, Interrupted};
-use crate::procfs::{self, Stat};
+use crate::procfs::{self, Ids, Stat};
 use crate::sys::{HostPid, kcmp};
+use crate::tree::TaskRef;
 
 /// How long a thread may take to its stop before it is asked whether it waits for a child.
 const PATIENCE: Duration = Duration::from_millis(10);
@@ -92,7 +94,7 @@ impl<'a> Walk<'a> {
     pub fn begin(&mut self) -> Result<(), FreezeError> {
         let root = self.root;
         let stat = Stat::read(root).map_err(|_| FreezeError::NoProcess { pid: root })?;
-        if stat.state == 'Z' {
+        if stat.state == 'Z' && !procfs::has_living_threads(root) {
             return Err(FreezeError::RootIsZombie { pid: root, comm: stat.comm });
         }
         self.stop_process(root, HostPid(stat.parent))?;
@@ -146,8 +148,9 @@ impl<'a> Walk<'a> {
 
     fn stop_process(&mut self, pid: HostPid, parent: HostPid) -> Result<(), FreezeError> {
         let Ok(stat) = Stat::read(pid) else { return Ok(()) };
+        // Of a process that lives on without its first thread, that thread alone is a zombie.
+        let alive = stat.state != 'Z' || procfs::has_living_threads(pid);
         let zombie = (stat.state == 'Z').then_some(stat);
-        let alive = zombie.is_none();
         self.found.insert(pid, Found { parent, threads: Vec::new(), zombie });
         self.order.push(pid);
         if alive {
@@ -292,8 +295,12 @@ impl<'a> Walk<'a> {
     pub fn finish(mut self) -> Result<(Vec<StoppedProcess>, Held), FreezeError> {
         self.sort();
         let mut processes = Vec::with_capacity(self.order.len());
+        let mut without_leader = Vec::new();
         for &pid in &self.order {
             let Some(found) = self.found.remove(&pid) else { continue };
+            if found.zombie.is_some() && !found.threads.is_empty() {
+                without_leader.extend(refuse_without_leader(pid));
+            }
             let Some(stat) = found.zombie.or_else(|| Stat::read(pid).ok()) else { continue };
             let mut threads = Vec::with_capacity(found.threads.len());
             for tid in found.threads {
@@ -302,6 +309,7 @@ impl<'a> Walk<'a> {
             threads.sort_by_key(|thread| thread.tid != pid);
             processes.push(StoppedProcess { pid, parent: found.parent, stat, threads });
         }
+        super::refuse(without_leader)?;
         Ok((processes, self.held))
     }
 
@@ -324,6 +332,12 @@ impl<'a> Walk<'a> {
         }
         self.order = sorted;
     }
+}
+
+/// The refusal of a process whose first thread has ended while others stand in their stops.
+fn refuse_without_leader(pid: HostPid) -> Option<Refusal> {
+    let task = TaskRef::open(pid, Ids::read(pid).ok()?.innermost(), Stat::read(pid).ok()?.comm).ok()?;
+    Some(relations::without_leader(&task))
 }
 
 /// Why a thread could not be seized; none when it is merely on its way out.
