@@ -318,3 +318,45 @@ fn a_command_started_from_outside_is_refused() -> Outcome {
     talk.ask()?;
     container.end()
 }
+
+/// How often the fork bomb is dumped: `FERRY_FORK_BOMB_DUMPS`, ten times unless told otherwise.
+const DUMPS: usize = 10;
+
+/// Processes that make processes, hundreds a second, up to the limit of their container: dumped again and again while they
+/// run on, and restored from the last dump, without one failure.
+#[test]
+fn a_fork_bomb_is_dumped_again_and_again() -> Outcome {
+    let dumps = std::env::var("FERRY_FORK_BOMB_DUMPS").ok().and_then(|text| text.parse().ok()).unwrap_or(DUMPS);
+    let place = Place::new()?;
+    let (mut bundle, talk) = bundle(&place, "fork_bomb")?;
+    bundle.config["linux"]["resources"]["pids"] = serde_json::json!({"limit": 48});
+    let container = Container::run(&place, &bundle)?;
+    talk.await_ready()?;
+    let births = || -> Outcome<u64> {
+        let words = counters(&place)?;
+        Ok(words.chunks_exact(8).take(4).map(|word| u64::from_ne_bytes(word.try_into().unwrap_or_default())).sum())
+    };
+    let images =
+        |number: usize| Ok::<_, String>(place.folder(&format!("images-{number}"))?.to_string_lossy().into_owned());
+    let (start, first) = (Instant::now(), births()?);
+    for number in 1..=dumps {
+        container
+            .verb("checkpoint", &["--leave-running", "--image-path", &images(number)?])
+            .map_err(|error| format!("dump {number}: {error}"))?;
+        if number > 1 {
+            let _ = std::fs::remove_dir_all(images(number - 1)?);
+        }
+    }
+    let rate = (births()? - first) as f64 / start.elapsed().as_secs_f64();
+    let _ = std::io::Write::write_all(
+        &mut std::io::stderr(),
+        format!("{dumps} dumps, {rate:.0} births a second between them\n").as_bytes(),
+    );
+    talk.ask()?;
+    let tree = processes::tree(container.pid()?);
+    container.verb("delete", &["--force"])?;
+    processes::await_end(&tree)?;
+    container.restore(&["--image-path", &images(dumps)?])?;
+    talk.ask()?;
+    container.end()
+}
