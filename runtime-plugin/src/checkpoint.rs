@@ -19,8 +19,8 @@ use crate::cli::Global;
 use crate::failure::{Failure, Outcome};
 use crate::guard::{self, Worker};
 use crate::lifecycle::{IdArgs, delete, print};
-use crate::logs;
 use crate::state::{Container, Owner, Status, runc};
+use crate::{logs, obstacles};
 
 pub use save::DESCRIPTORS;
 
@@ -42,6 +42,9 @@ pub struct CheckpointArgs {
     /// How to tell what was done.
     #[arg(long, value_enum, default_value = "text", value_name = "FORMAT")]
     pub format: SummaryFormat,
+    /// Only tell what would keep a checkpoint from succeeding, and what to do about it; the container runs on untouched.
+    #[arg(long)]
+    pub check: bool,
     /// Directory for logs and statistics; by default that of the images.
     #[arg(long, value_name = "DIR")]
     pub work_path: Option<PathBuf>,
@@ -183,18 +186,14 @@ pub struct Summary {
 
 /// Saves the container.
 pub fn run(global: &Global, args: &CheckpointArgs) -> Outcome {
+    if args.check {
+        return check(global, args);
+    }
     guard::run(|worker| save_container(global, args, worker))
 }
 
 fn save_container(global: &Global, args: &CheckpointArgs, worker: &Worker) -> Outcome {
-    refuse("checkpoint", &later_flags(args))?;
-    let container = Container::resolve(&global.root, &args.id.id)?;
-    if !matches!(container.status, Status::Running | Status::Paused) {
-        return Err(Failure::new(format!(
-            "container {} cannot be checkpointed: it is {}, and only a running or paused container has a state to save",
-            container.id, container.status
-        )));
-    }
+    let container = resolve(global, args)?;
     let spec = container.spec()?;
     let destination = destination(args, &container.bundle);
     let plan = Plan { container: &container, spec: &spec, destination, work: args.work_path.clone(), args, worker };
@@ -207,6 +206,38 @@ fn save_container(global: &Global, args: &CheckpointArgs, worker: &Worker) -> Ou
     }
     tell(&plan, &summary)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The container, if its status allows a checkpoint.
+fn resolve(global: &Global, args: &CheckpointArgs) -> Result<Container, Failure> {
+    refuse("checkpoint", &later_flags(args))?;
+    let container = Container::resolve(&global.root, &args.id.id)?;
+    if !matches!(container.status, Status::Running | Status::Paused) {
+        return Err(Failure::new(format!(
+            "container {} cannot be checkpointed: it is {}, and only a running or paused container has a state to save",
+            container.id, container.status
+        )));
+    }
+    Ok(container)
+}
+
+/// `--check`: exit status 0 when nothing is in the way, 1 otherwise.
+fn check(global: &Global, args: &CheckpointArgs) -> Outcome {
+    let container = resolve(global, args)?;
+    let options = save::options(&container, &container.spec()?, args)?;
+    let found = obstacles::find(container.init.map_or(0, |init| init.pid), &options)?;
+    print(&match args.format {
+        SummaryFormat::Text => obstacles::report(&format!("container {}", container.id), &found),
+        SummaryFormat::Json => {
+            let told = json!({
+                "id": container.id,
+                "can_checkpoint": found.is_empty(),
+                "obstacles": obstacles::json(&found),
+            });
+            format!("{told}\n")
+        }
+    })?;
+    Ok(if found.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Flags given whose part of the engine comes later.

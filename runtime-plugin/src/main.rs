@@ -30,6 +30,7 @@ mod launch;
 mod lifecycle;
 #[cfg_attr(not(feature = "oci"), allow(dead_code, reason = "only the OCI face installs a logger"))]
 mod logs;
+mod obstacles;
 #[cfg(feature = "oci")]
 mod process;
 #[cfg(feature = "oci")]

@@ -15,17 +15,18 @@ use libcontainer::oci_spec::runtime::Spec;
 use serde_json::json;
 
 use super::layer::Layer;
-use super::{Compression, Destination, Plan, Summary};
+use super::{CheckpointArgs, Compression, Destination, Plan, Summary};
 use crate::archive::{Compressor, Counter, NewFile};
 use crate::externals;
 use crate::failure::Failure;
 use crate::progress::Bar;
+use crate::state::Container;
 
 /// Runs the engine. On failure the container runs on as it was found, and nothing of the images is left.
 pub fn dump_container(plan: &Plan) -> Result<Summary, Failure> {
-    let gone = || Failure::new(format!("container {} has no process", plan.container.id));
-    let pid = plan.container.init.ok_or_else(gone)?.pid;
-    let mut options = options(plan, pid)?;
+    let pid = plan.container.init.ok_or_else(|| no_process(plan.container))?.pid;
+    let mut options = options(plan.container, plan.spec, plan.args)?;
+    plan.worker.oversee(&mut options);
     let bar = Bar::new("checkpoint");
     options.progress = bar.progress();
     let (dumped, size) = match &plan.destination {
@@ -41,30 +42,33 @@ pub fn dump_container(plan: &Plan) -> Result<Summary, Failure> {
     Ok(Summary { processes: dumped.processes, memory: dumped.pages * PAGE_SIZE, pause: dumped.frozen, size })
 }
 
-fn options(plan: &Plan, pid: i32) -> Result<DumpOptions, Failure> {
-    let container = plan.container;
+/// What the engine is to do with the container.
+///
+/// # Errors
+/// When it has no process, or what lies outside of it cannot be told.
+pub fn options(container: &Container, spec: &Spec, args: &CheckpointArgs) -> Result<DumpOptions, Failure> {
+    let pid = container.init.ok_or_else(|| no_process(container))?.pid;
     let mut options = DumpOptions {
-        after: if plan.args.leave_running { After::Run } else { After::Kill },
-        shell_job: plan.args.shell_job,
+        after: if args.leave_running { After::Run } else { After::Kill },
+        shell_job: args.shell_job,
         freezer: Some(container.cgroup.freezer()?),
-        faults: Faults::new(plan.args.fault.iter().copied()),
+        faults: Faults::new(args.fault.iter().copied()),
         ..DumpOptions::default()
     };
-    plan.worker.oversee(&mut options);
-    options.files.file_locks = plan.args.file_locks;
+    options.files.file_locks = args.file_locks;
     options.files.outside_stdio = true;
-    let has_terminal = plan.spec.process().as_ref().is_some_and(|process| process.terminal().unwrap_or(false));
-    options.files.outside_terminal = has_terminal || plan.args.shell_job;
+    let has_terminal = spec.process().as_ref().is_some_and(|process| process.terminal().unwrap_or(false));
+    options.files.outside_terminal = has_terminal || args.shell_job;
     let key = |path: &Path| path.display().to_string();
-    let mut outside = externals::mounts(plan.spec, &container.bundle, &container.rootfs, &container.cgroup);
+    let mut outside = externals::mounts(spec, &container.bundle, &container.rootfs, &container.cgroup);
     // A masked folder has an empty tmpfs of its own over it, which is saved like any other.
     let inside = Path::new("/proc").join(pid.to_string()).join("root");
     outside.retain(|point, source| {
         source != Path::new("/dev/null") || !inside.join(point.strip_prefix("/").unwrap_or(point)).is_dir()
     });
     options.namespaces.external_mounts = outside.into_keys().map(|path| (path.clone(), key(&path))).collect();
-    options.namespaces.empty_net = !plan.args.empty_ns.is_empty();
-    for (kind, path) in externals::namespaces(plan.spec) {
+    options.namespaces.empty_net = !args.empty_ns.is_empty();
+    for (kind, path) in externals::namespaces(spec) {
         let inode = fs::metadata(format!("/proc/{pid}/ns/{}", kind.name()))
             .map_err(|error| {
                 Failure::from(error).context(format!("cannot look at the container's {} namespace", kind.name()))
@@ -74,6 +78,10 @@ fn options(plan: &Plan, pid: i32) -> Result<DumpOptions, Failure> {
         tracing::debug!("the {} namespace is {}", kind.name(), path.display());
     }
     Ok(options)
+}
+
+fn no_process(container: &Container) -> Failure {
+    Failure::new(format!("container {} has no process", container.id))
 }
 
 fn into_folder(plan: &Plan, pid: i32, options: &DumpOptions, folder: &Path) -> Result<(Dumped, u64), Failure> {

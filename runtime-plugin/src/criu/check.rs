@@ -6,8 +6,10 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use super::dump;
 use super::options::Options;
 use crate::failure::{Failure, Outcome};
+use crate::obstacles;
 
 /// A feature's name, and whether it is there.
 type Feature = (&'static str, fn() -> bool);
@@ -90,6 +92,11 @@ pub fn run(options: &Options) -> Outcome {
             all &= has(feature)?;
         }
         return Ok(if all { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    if let Some(pid) = options.pid {
+        let found = obstacles::find(pid, &dump::dump_options(options)?)?;
+        print!("{}", obstacles::report(&format!("process {pid}"), &found));
+        return Ok(if found.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     ferry_engine::preflight::check_host()?;
     let missing: Vec<&str> = FEATURES.iter().filter(|(_, present)| !present()).map(|(name, _)| *name).collect();

@@ -63,7 +63,11 @@ fn is_above_us(pid: HostPid) -> bool {
     false
 }
 
-fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
+/// What the engine is to do, as the options say.
+///
+/// # Errors
+/// When they contradict each other or name what is not there.
+pub fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
     let mut dump = DumpOptions {
         after: match (options.leave_running, options.leave_stopped) {
             (true, true) => return Err(Failure::new("--leave-running and --leave-stopped exclude each other")),

@@ -45,6 +45,9 @@ pub struct Options {
     /// The root of the process tree to dump
     #[arg(short = 't', long, value_name = "PID")]
     pub tree: Option<i32>,
+    /// With check: tell what would keep a dump of the tree below this process from succeeding
+    #[arg(long, value_name = "PID")]
+    pub pid: Option<i32>,
     /// Where image files are
     #[arg(short = 'D', long, value_name = "DIR")]
     pub images_dir: Option<PathBuf>,
