@@ -135,8 +135,8 @@ fn copy_attributes(stat: &Stat, target: BorrowedFd<'_>) -> Result<(), Errno> {
     fchmod(target, Mode::from_raw_mode(stat.st_mode))?;
     let time = |seconds: i64, nanoseconds: u64| Timespec { tv_sec: seconds, tv_nsec: nanoseconds as i64 };
     let times = Timestamps {
-        last_access: time(stat.st_atime as i64, stat.st_atime_nsec as u64),
-        last_modification: time(stat.st_mtime as i64, stat.st_mtime_nsec as u64),
+        last_access: time(stat.st_atime, stat.st_atime_nsec),
+        last_modification: time(stat.st_mtime, stat.st_mtime_nsec),
     };
     utimensat(target, c"", &times, AtFlags::EMPTY_PATH)
 }
