@@ -181,7 +181,7 @@ pub fn create(
     check_preserved(passed.preserve_fds)?;
     let cgroup = ContainerCgroup::of_spec(&bundle.spec, id, systemd)?;
     let mut spec = bundle.spec_with_cgroup(&cgroup);
-    let new = NewContainer::claim(root, id, &bundle.directory, &spec, cgroup)?;
+    let new = NewContainer::claim(root, id, &bundle.directory, &spec, cgroup, None)?;
     let copied = copy_up::take(&mut spec);
     let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
     let has_own_network = makes_network(&spec);

@@ -24,6 +24,7 @@ mod generate;
 #[cfg(feature = "oci")]
 mod go_flags;
 mod guard;
+mod janitor;
 #[cfg(feature = "oci")]
 mod launch;
 #[cfg(feature = "oci")]
@@ -31,6 +32,7 @@ mod lifecycle;
 #[cfg_attr(not(feature = "oci"), allow(dead_code, reason = "only the OCI face installs a logger"))]
 mod logs;
 mod obstacles;
+mod pid_file;
 #[cfg(feature = "oci")]
 mod process;
 #[cfg(feature = "oci")]

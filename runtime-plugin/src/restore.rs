@@ -7,6 +7,7 @@ mod config;
 mod layer;
 mod load;
 mod mountpoints;
+mod remains;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -14,8 +15,10 @@ use std::process::ExitCode;
 
 use clap::Args;
 use ferry_engine::fault::Fault;
-use ferry_hooks::Hooks;
+use ferry_engine::sys::HostPid;
 use libcontainer::container::ContainerStatus;
+use libcontainer::oci_spec::runtime::Spec;
+use remains::Remains;
 
 use crate::cgroups::ContainerCgroup;
 use crate::checkpoint::{ARCHIVE_NAME, CgroupsMode, EmptyNamespace, SummaryFormat, refuse};
@@ -24,7 +27,8 @@ use crate::console::{Console, send_pidfd};
 use crate::failure::{Failure, Outcome};
 use crate::foreground;
 use crate::launch::Bundle;
-use crate::lifecycle::{IdArgs, delete, print, write_pid_file};
+use crate::lifecycle::{IdArgs, delete, print};
+use crate::pid_file::PidFile;
 use crate::state::{Container, NewContainer, hooks_of};
 use mountpoints::Mountpoints;
 
@@ -135,16 +139,16 @@ pub enum Source {
 
 /// One restore, decided on.
 pub struct Plan<'a> {
-    /// The container to be: its name, state directory and cgroup exist.
-    pub new: &'a NewContainer,
+    /// Its cgroup.
+    pub cgroup: ContainerCgroup,
     /// The bundle.
     pub bundle: &'a Bundle,
     /// Where the images come from.
     pub source: Source,
     /// Where logs and statistics go, if not with the images.
     pub work: Option<PathBuf>,
-    /// The bundle's hooks; `prestart` and `createRuntime` run before anything of the container does.
-    pub hooks: Hooks,
+    /// What is told of everything that the restore leaves if it is cut short.
+    pub remains: &'a Remains,
     /// Where the master side of its terminal goes.
     pub console: &'a Console,
     /// What was asked for.
@@ -161,9 +165,7 @@ pub fn run(global: &Global, args: &RestoreArgs) -> Outcome {
         foreground::become_subreaper();
     }
     let container = bring_back(global, args, &bundle, source, &console)?;
-    let told = tell(args, &container);
-    let status = told.and_then(|()| stay(args, &container, console));
-    let status = status.map_err(|failure| match delete::destroy(&container) {
+    let status = stay(args, &container, console).map_err(|failure| match delete::destroy(&container) {
         Ok(()) => failure,
         Err(left) => Failure::new(format!("{failure}; and the container could not be removed: {left}")),
     })?;
@@ -173,7 +175,8 @@ pub fn run(global: &Global, args: &RestoreArgs) -> Outcome {
     Ok(status)
 }
 
-/// Makes the name and the cgroup, the tree, and the state of the container that runs.
+/// Makes the name and the cgroup, the tree, and the state of the container that runs. Whatever ends it before its end, ferry's
+/// death too, nothing of that is left.
 fn bring_back(
     global: &Global,
     args: &RestoreArgs,
@@ -183,15 +186,41 @@ fn bring_back(
 ) -> Result<Container, Failure> {
     let cgroup = ContainerCgroup::of_spec(&bundle.spec, &args.id.id, global.systemd_cgroup)?;
     let spec = bundle.spec_with_cgroup(&cgroup);
-    let hooks = hooks_of(&spec, &bundle.directory)?;
-    let new = NewContainer::claim(&global.root, &args.id.id, &bundle.directory, &spec, cgroup)?;
+    let remains = Remains::watch(args, bundle, &cgroup, &hooks_of(&spec, &bundle.directory)?)?;
+    let plan = Plan { cgroup, bundle, source, work: args.work_path.clone(), remains: &remains, console, args };
+    let made = make(global, &plan, &spec);
+    if made.is_err() {
+        remains.undo_hooks();
+    }
+    made
+}
+
+/// Makes all of the container. What it has made until it fails, it takes away.
+fn make(global: &Global, plan: &Plan, spec: &Spec) -> Result<Container, Failure> {
+    let (args, bundle, janitor) = (plan.args, plan.bundle, plan.remains.janitor());
+    let cgroup = plan.cgroup.clone();
+    let mut new = NewContainer::claim(&global.root, &args.id.id, &bundle.directory, spec, cgroup, Some(janitor))?;
+    plan.remains.cgroup()?;
     new.cgroup().create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
     let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
-    let mountpoints = Mountpoints::make(&spec, &bundle.directory, &rootfs)?;
-    let plan = Plan { new: &new, bundle, source, work: args.work_path.clone(), hooks, console, args };
-    let pid = load::restore_tree(&plan)?;
+    let mountpoints = Mountpoints::make(spec, &bundle.directory, &rootfs, Some(janitor))?;
+    let mut pid_file = None;
+    // The last steps that may fail, when all is there and nothing runs yet.
+    let mut complete = |root: HostPid| -> Result<(), Failure> {
+        new.record(root.0, ContainerStatus::Running)?;
+        if let Some(file) = &args.pid_file {
+            pid_file = Some(PidFile::write(file, root.0, Some(janitor))?);
+        }
+        match &args.pidfd_socket {
+            Some(socket) => Ok(send_pidfd(socket, root.0)?),
+            None => Ok(()),
+        }
+    };
+    load::restore_tree(plan, &mut complete)?;
+    let container = new.keep_recorded()?;
     mountpoints.keep();
-    Ok(new.keep(pid, ContainerStatus::Running)?)
+    pid_file.into_iter().for_each(PidFile::keep);
+    Ok(container)
 }
 
 /// Flags given whose part of the engine comes later.
@@ -236,18 +265,6 @@ fn source(args: &RestoreArgs, bundle: &Path) -> Result<Source, Failure> {
         }
         _ => Ok(source),
     }
-}
-
-/// Tells the caller which process it is.
-fn tell(args: &RestoreArgs, container: &Container) -> Result<(), Failure> {
-    let Some(init) = container.init else { return Ok(()) };
-    if let Some(socket) = &args.pidfd_socket {
-        send_pidfd(socket, init.pid)?;
-    }
-    if let Some(file) = &args.pid_file {
-        write_pid_file(file, init.pid)?;
-    }
-    Ok(())
 }
 
 /// Waits for the container's end, unless it is to run on alone.

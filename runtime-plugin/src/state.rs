@@ -18,15 +18,18 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use ferry_hooks::Hooks;
 use libcontainer::container::{Container as Library, ContainerStatus, State as LibraryState};
 use libcontainer::oci_spec::OciSpecError;
 use libcontainer::oci_spec::runtime::Spec;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroups::{CgroupError, ContainerCgroup};
+use crate::janitor::{Janitor, Kind};
 use crate::process::InitProcess;
 
 const RECORD: &str = "ferry.json";
@@ -366,15 +369,24 @@ pub struct NewContainer {
 }
 
 impl NewContainer {
-    /// Takes the name, and writes down what is known before there is a process. `spec` has absolute paths.
+    /// Takes the name, and writes down what is known before there is a process. `spec` has absolute paths. A janitor is told
+    /// of the directory, not of the cgroup.
     ///
     /// # Errors
     /// When the name is taken, the cgroup is in use, or the state directory cannot be written.
-    pub fn claim(root: &Path, id: &str, bundle: &Path, spec: &Spec, cgroup: ContainerCgroup) -> Result<Self> {
+    pub fn claim(
+        root: &Path,
+        id: &str,
+        bundle: &Path,
+        spec: &Spec,
+        cgroup: ContainerCgroup,
+        janitor: Option<&Janitor>,
+    ) -> Result<Self> {
         fs::create_dir_all(root).map_err(io_error("create", root))?;
         let root = root.canonicalize().map_err(io_error("open", root))?;
         let directory = root.join(id);
-        fs::create_dir(&directory).map_err(|error| match error.kind() {
+        let made = janitor.map_or_else(|| fs::create_dir(&directory), |janitor| make_watched(&directory, janitor));
+        made.map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => StateError::Exists { id: id.to_owned() },
             _ => io_error("create", &directory)(error),
         })?;
@@ -429,6 +441,15 @@ impl NewContainer {
     /// # Errors
     /// When the process is gone already, or the state cannot be written.
     pub fn keep(mut self, pid: i32, status: ContainerStatus) -> Result<Container> {
+        self.record(pid, status)?;
+        self.keep_recorded()
+    }
+
+    /// Writes down the first process, in the status it has reached or is about to reach.
+    ///
+    /// # Errors
+    /// As [`Self::keep`].
+    pub fn record(&mut self, pid: i32, status: ContainerStatus) -> Result<()> {
         let Some(init) = InitProcess::running(pid) else {
             return Err(StateError::Gone { id: self.id.clone(), pid });
         };
@@ -437,7 +458,14 @@ impl NewContainer {
         // The creation time is set on the way through `Created`.
         self.library.set_status(ContainerStatus::Created).set_status(status);
         self.library.set_creator(rustix::process::geteuid().as_raw()).set_pid(pid);
-        self.library.save().map_err(library_error(&self.id))?;
+        self.library.save().map_err(library_error(&self.id))
+    }
+
+    /// Makes the container complete, of which [`Self::record`] has written down the rest.
+    ///
+    /// # Errors
+    /// When the state cannot be read back.
+    pub fn keep_recorded(mut self) -> Result<Container> {
         let container = Container::read(self.directory.clone(), &self.id)?;
         self.kept = true;
         Ok(container)
@@ -456,6 +484,20 @@ impl Drop for NewContainer {
             tracing::warn!(directory = %self.directory.display(), %error, "the state of the failed container stays");
         }
     }
+}
+
+/// Makes an empty directory that goes if ferry is killed, at any instant: under a name of its own first, so that a directory that
+/// somebody else has made meanwhile is never taken for it.
+fn make_watched(directory: &Path, janitor: &Janitor) -> io::Result<()> {
+    // No container is called so (`lifecycle::container_id`).
+    let draft = directory.with_file_name(format!("@{}", std::process::id()));
+    janitor.path(&draft, Kind::Tree, None)?;
+    fs::create_dir(&draft)?;
+    let named = fs::metadata(&draft).and_then(|made| {
+        janitor.path(directory, Kind::Tree, Some(made.ino()))?;
+        Ok(renameat_with(CWD, &draft, CWD, directory, RenameFlags::NOREPLACE)?)
+    });
+    named.inspect_err(|_| drop(fs::remove_dir(&draft)))
 }
 
 /// Reads a bundle's config, without judging it.
@@ -516,7 +558,7 @@ mod tests {
         let root = bundle.path().join("state");
         let id = name("restored");
         let cgroup = ContainerCgroup::of_spec(&spec, &id, false).unwrap();
-        let new = NewContainer::claim(&root, &id, bundle.path(), &spec, cgroup).unwrap();
+        let new = NewContainer::claim(&root, &id, bundle.path(), &spec, cgroup, None).unwrap();
         let limits = serde_json::from_str(r#"{"pids":{"limit":17}}"#).unwrap();
         new.cgroup().create(Some(&limits)).unwrap();
         let mut process = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
@@ -546,7 +588,7 @@ mod tests {
         let root = bundle.path().join("state");
         let id = name("given-up");
         let cgroup = ContainerCgroup::of_spec(&spec, &id, false).unwrap();
-        let new = NewContainer::claim(&root, &id, bundle.path(), &spec, cgroup.clone()).unwrap();
+        let new = NewContainer::claim(&root, &id, bundle.path(), &spec, cgroup.clone(), None).unwrap();
         new.cgroup().create(None).unwrap();
         let mut process = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
         new.cgroup().add(i32::try_from(process.id()).unwrap()).unwrap();
@@ -563,7 +605,7 @@ mod tests {
         let root = bundle.path().join("state");
         let id = name("reused");
         let cgroup = ContainerCgroup::of_spec(&spec, &id, false).unwrap();
-        let new = NewContainer::claim(&root, &id, bundle.path(), &spec, cgroup).unwrap();
+        let new = NewContainer::claim(&root, &id, bundle.path(), &spec, cgroup, None).unwrap();
         let this = i32::try_from(std::process::id()).unwrap();
         let container = new.keep(this, ContainerStatus::Running).unwrap();
         let file = container.directory.join(RECORD);

@@ -7,7 +7,7 @@ use ferry_engine::fault::Faults;
 use ferry_engine::images::folder::FolderSource;
 use ferry_engine::images::{ImageSet, Kind};
 use ferry_engine::namespaces::RestoreNamespaceOptions;
-use ferry_engine::restore::{RestoreOptions, TakeTerminal, restore};
+use ferry_engine::restore::{RestoreOptions, Stage, TakeTerminal, restore};
 use ferry_engine::sys::{HostPid, pidfd};
 use ferry_hooks::Event;
 
@@ -15,19 +15,35 @@ use super::listen::{Client, Listeners};
 use super::options::Options;
 use super::{images_dir, outside, stats, work_dir, write_new};
 use crate::failure::Failure;
+use crate::janitor::Janitor;
+use crate::pid_file::PidFile;
 
 /// Restores the tree; `client` is told of stages, besides action scripts. The root's pid.
 pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<HostPid, Failure> {
     let images = ImageSet::open(Box::new(FolderSource::open(images_dir(options))?))?;
     let listeners = Listeners::new(options, client);
     listeners.tell(Event::PreRestore, None)?;
+    let janitor = Janitor::hire(|_| || ())
+        .map_err(|error| Failure::from(error).context("cannot start the process that watches over the restore"))?;
+    let mut pid_file = None;
+    let mut reached = |stage, root: HostPid| {
+        if stage == Stage::PostRestore
+            && let Some(path) = &options.pidfile
+        {
+            let written = PidFile::write(path, root.0, Some(&janitor)).map_err(|failure| failure.to_string())?;
+            pid_file = Some(written);
+        }
+        listeners.restoring(stage, root)
+    };
     let restored = restore(
         &images,
         RestoreOptions {
-            notify: Some(Box::new(|stage, root| listeners.restoring(stage, root))),
             terminal_master: client.filter(|client| client.takes_terminal()).map(|client| -> TakeTerminal<'_> {
                 Box::new(|master| client.take_terminal(&master).map_err(|failure| failure.to_string()))
             }),
+            first_task: Some(Box::new(|root| janitor.root(root).map_err(|error| error.to_string()))),
+            names: Some(janitor.journal()),
+            notify: Some(Box::new(&mut reached)),
             ..restore_options(options)?
         },
     )
@@ -35,19 +51,16 @@ pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<HostPid, Fa
         true => Failure::from(error).with_errno(libc::EEXIST),
         false => Failure::from(error),
     })?;
-    let written = |what: &str, error: std::io::Error| {
-        Failure::new(format!(
-            "the tree is restored and runs as {}, but {what} cannot be written: {error}",
-            restored.pid
-        ))
-    };
+    // The tree runs: what is left to do is no reason to fail.
+    pid_file.into_iter().for_each(PidFile::keep);
+    drop(janitor);
     let image = restored.stats_image();
-    write_new(&work_dir(options).join("stats-restore"), &image).map_err(|error| written("stats-restore", error))?;
+    let file = work_dir(options).join("stats-restore");
+    if let Err(error) = write_new(&file, &image) {
+        tracing::warn!("the tree runs, but {} cannot be written: {error}", file.display());
+    }
     if options.display_stats {
         stats::print(Kind::StatsRestore, &image)?;
-    }
-    if let Some(file) = &options.pidfile {
-        std::fs::write(file, restored.pid.to_string()).map_err(|error| written("the pid file", error))?;
     }
     tracing::info!("Restore finished successfully. Tasks resumed.");
     // The command that takes this process's place waits for it.

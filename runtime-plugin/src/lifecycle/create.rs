@@ -5,12 +5,13 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{IdArgs, delete, write_pid_file};
+use super::{IdArgs, delete};
 use crate::cli::Global;
 use crate::console::{Console, Terminal};
 use crate::failure::{Failure, Outcome};
 use crate::foreground;
 use crate::launch::{self, Bundle, Passed};
+use crate::pid_file::PidFile;
 use crate::state::Container;
 
 /// Flags of `create`, which `run` has too.
@@ -109,7 +110,7 @@ fn announce(args: &CreateArgs, container: &Container) -> Result<(), Failure> {
         crate::console::send_pidfd(socket, init.pid)?;
     }
     if let Some(file) = &args.pid_file {
-        write_pid_file(file, init.pid)?;
+        PidFile::write(file, init.pid, None)?.keep();
     }
     Ok(())
 }

@@ -7,12 +7,13 @@ use std::process::ExitCode;
 use clap::Args;
 use libcontainer::oci_spec::runtime::{Capability, Process, Spec};
 
-use super::{IdArgs, write_pid_file};
+use super::IdArgs;
 use crate::cli::Global;
 use crate::console::{Console, send_pidfd};
 use crate::failure::{Failure, Outcome};
 use crate::foreground;
 use crate::launch::{self, Passed, Tenant};
+use crate::pid_file::PidFile;
 use crate::state::{Container, Status};
 
 /// The exit status when the process could not be started, which tells it from a process that exits with 1.
@@ -104,7 +105,7 @@ fn start_and_wait(global: &Global, args: &ExecArgs) -> Outcome {
         send_pidfd(socket, pid)?;
     }
     if let Some(file) = &args.pid_file {
-        write_pid_file(file, pid)?;
+        PidFile::write(file, pid, None)?.keep();
     }
     if args.detach {
         return Ok(ExitCode::SUCCESS);

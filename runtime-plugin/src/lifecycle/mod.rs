@@ -14,8 +14,6 @@ pub mod start;
 pub mod state;
 pub mod update;
 
-use std::path::Path;
-
 use clap::Args;
 
 use crate::failure::Failure;
@@ -49,17 +47,6 @@ pub fn container_id(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// Writes a pid file in one step, so that a manager that waits for it never reads half of it.
-///
-/// # Errors
-/// When the file cannot be written.
-pub fn write_pid_file(path: &Path, pid: i32) -> Result<(), Failure> {
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let draft = path.with_file_name(format!(".{name}"));
-    let written = std::fs::write(&draft, pid.to_string()).and_then(|()| std::fs::rename(&draft, path));
-    written.map_err(|error| Failure::from(error).context(format_args!("cannot write the pid file {}", path.display())))
-}
-
 /// Prints what was asked for. A reader that has gone away is no failure.
 ///
 /// # Errors
@@ -85,15 +72,5 @@ mod tests {
         for bad in ["", ".", "..", "a/b", "a b", "é"] {
             assert!(container_id(bad).is_err(), "{bad:?}");
         }
-    }
-
-    #[test]
-    fn a_pid_file_is_replaced() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("pid");
-        std::fs::write(&path, "something longer").unwrap();
-        write_pid_file(&path, 42).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "42");
-        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }

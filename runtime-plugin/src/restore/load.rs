@@ -9,7 +9,6 @@ use ferry_engine::images::{FolderSource, ImageSet, RawRegion, Source as ImageSou
 use ferry_engine::namespaces::RestoreNamespaceOptions;
 use ferry_engine::restore::{RestoreOptions, Stage, TakeTerminal, restore};
 use ferry_engine::sys::HostPid;
-use ferry_hooks::{State, Status};
 
 use super::layer::{Layer, Members};
 use super::{Plan, Source, config};
@@ -19,15 +18,16 @@ use crate::externals;
 use crate::failure::Failure;
 use crate::progress::Bar;
 
-/// Runs the engine; the pid of the container's first process. On failure nothing of the tree is left.
-pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
+/// Runs the engine; `complete` gets the container's first process when all is there and nothing runs yet. On failure nothing of
+/// the tree is left.
+pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(), Failure>) -> Result<(), Failure> {
     let Opened { source, stdio, members, saved } = open(&plan.source)?;
     let images = ImageSet::open(source)?;
     let spec = &plan.bundle.spec;
     config::check(&images, saved, spec)?;
     let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
     let layer = Layer::read(&images, members, &rootfs, plan.args.ignore_rootfs)?;
-    let outside = externals::mounts(spec, &plan.bundle.directory, &rootfs, plan.new.cgroup());
+    let outside = externals::mounts(spec, &plan.bundle.directory, &rootfs, &plan.cgroup);
     let mut namespaces = RestoreNamespaceOptions {
         root: Some(rootfs),
         external_mounts: outside.into_iter().map(|(point, source)| (point.display().to_string(), source)).collect(),
@@ -44,11 +44,21 @@ pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
         memory: bar.progress(),
         shell_job: plan.args.shell_job,
         first_task: Some(Box::new(|root: HostPid| {
-            plan.new.cgroup().add(root.0).map_err(|error| format!("cannot put it into the container's cgroup: {error}"))
+            plan.remains.janitor().root(root).map_err(|error| error.to_string())?;
+            plan.cgroup.add(root.0).map_err(|error| format!("cannot put it into the container's cgroup: {error}"))
         })),
         namespaces,
-        notify: Some(Box::new(|stage, root| run_hooks(plan, stage, root).and_then(|()| layer.at_stage(stage)))),
+        notify: Some(Box::new(|stage, root| {
+            let done = match stage {
+                Stage::SetupNamespaces => plan.remains.run_hooks(root.0),
+                Stage::PostRestore => complete(root),
+                _ => Ok(()),
+            };
+            done.map_err(|failure| failure.to_string())?;
+            layer.at_stage(stage)
+        })),
         progress: Some(Box::new(|phase| layer.at_phase(phase))),
+        names: Some(plan.remains.janitor().journal()),
         inherited: stdio_from_here(&stdio)?,
         terminal: crate::console::own_terminal(plan.args.shell_job)?,
         terminal_master: plan.console.socket().map(|_| -> TakeTerminal<'_> {
@@ -64,7 +74,7 @@ pub fn restore_tree(plan: &Plan) -> Result<i32, Failure> {
             tracing::warn!("the container runs, but {} cannot be written: {error}", stats.display());
         }
     }
-    Ok(restored.pid.0)
+    Ok(())
 }
 
 /// A checkpoint, opened.
@@ -113,20 +123,4 @@ fn stdio_from_here(descriptors: &Option<Vec<u8>>) -> Result<ferry_engine::files:
         }
     }
     Ok(inherited)
-}
-
-/// The hooks that runc runs for a restore too, when the namespaces are there and the tree does not run yet.
-fn run_hooks(plan: &Plan, stage: Stage, root: HostPid) -> Result<(), String> {
-    if stage != Stage::SetupNamespaces {
-        return Ok(());
-    }
-    let state = State {
-        oci_version: plan.bundle.spec.version().clone(),
-        id: plan.args.id.id.clone(),
-        status: Status::Creating,
-        pid: Some(root.0),
-        bundle: plan.bundle.directory.clone(),
-        annotations: plan.bundle.spec.annotations().clone().unwrap_or_default().into_iter().collect(),
-    };
-    plan.hooks.run_for_restore(&state).map_err(|error| crate::failure::sentence_of(&error))
 }

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::Spec;
@@ -20,21 +20,23 @@ use rustix::io::Errno;
 
 use crate::externals;
 use crate::failure::Failure;
+use crate::janitor::{Janitor, Kind};
 
 /// Mount points that were made; removed again when dropped, unless they are kept.
-#[derive(Default)]
-pub struct Mountpoints {
+pub struct Mountpoints<'a> {
     /// The folder that each was made in, its name, and whether it is a folder itself; in the order of their making.
     made: Vec<(OwnedFd, OsString, AtFlags)>,
+    janitor: Option<&'a Janitor>,
 }
 
-impl Mountpoints {
-    /// Makes the mount points of the config's mounts that are missing in the root file system, or in what is bound into it.
+impl<'a> Mountpoints<'a> {
+    /// Makes the mount points of the config's mounts that are missing in the root file system, or in what is bound into it. The
+    /// janitor is told of them.
     ///
     /// # Errors
     /// When one cannot be made; then those made before it are gone again.
-    pub fn make(spec: &Spec, bundle: &Path, rootfs: &Path) -> Result<Self, Failure> {
-        let mut points = Self::default();
+    pub fn make(spec: &Spec, bundle: &Path, rootfs: &Path, janitor: Option<&'a Janitor>) -> Result<Self, Failure> {
+        let mut points = Self { made: Vec::new(), janitor };
         // What is mounted so far, by its place in the container: a folder of the host, or content that comes by itself.
         let mut mounted: BTreeMap<PathBuf, Option<PathBuf>> = [(PathBuf::from("/"), Some(rootfs.to_owned()))].into();
         for mount in spec.mounts().iter().flatten() {
@@ -75,6 +77,10 @@ impl Mountpoints {
     }
 
     fn add_one(&mut self, folder: &OwnedFd, name: &OsStr, is_file: bool) -> io::Result<OwnedFd> {
+        if let Some(janitor) = self.janitor {
+            let kind = if is_file { Kind::File } else { Kind::Directory };
+            janitor.name(folder.as_fd(), name, kind, None)?;
+        }
         if is_file {
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             drop(openat2(folder, name, flags, Mode::from_raw_mode(0o644), confined())?);
@@ -92,7 +98,7 @@ impl Mountpoints {
     }
 }
 
-impl Drop for Mountpoints {
+impl Drop for Mountpoints<'_> {
     fn drop(&mut self) {
         for (folder, name, how) in self.made.drain(..).rev() {
             let _ = unlinkat(folder, name, how);
@@ -132,7 +138,7 @@ mod tests {
             {"destination": "/data", "type": "bind", "source": "data", "options": ["rbind"]},
             {"destination": "/data/deep/file", "type": "bind", "source": "hosts", "options": ["bind"]}
         ]));
-        let made = Mountpoints::make(&spec, bundle.path(), &rootfs).unwrap();
+        let made = Mountpoints::make(&spec, bundle.path(), &rootfs, None).unwrap();
         assert!(rootfs.join("proc").is_dir() && rootfs.join("dev").is_dir() && rootfs.join("data").is_dir());
         assert!(rootfs.join("etc/hosts").is_file() && bundle.path().join("data/deep/file").is_file());
         assert!(!rootfs.join("dev/shm").exists() && !rootfs.join("data/deep").exists());
@@ -140,7 +146,7 @@ mod tests {
         let left: Vec<_> = std::fs::read_dir(&rootfs).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["run"]);
         assert_eq!(std::fs::read_dir(bundle.path().join("data")).unwrap().count(), 0);
-        Mountpoints::make(&spec, bundle.path(), &rootfs).unwrap().keep();
+        Mountpoints::make(&spec, bundle.path(), &rootfs, None).unwrap().keep();
         assert!(rootfs.join("etc/hosts").exists());
     }
 
@@ -158,7 +164,7 @@ mod tests {
             {"destination": "/up/b", "type": "tmpfs"},
             {"destination": "/inside/c", "type": "tmpfs"}
         ]));
-        Mountpoints::make(&spec, bundle.path(), &rootfs).unwrap().keep();
+        Mountpoints::make(&spec, bundle.path(), &rootfs, None).unwrap().keep();
         assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
         assert!(rootfs.join("real/c").is_dir() && rootfs.join("outside/b").is_dir());
     }
