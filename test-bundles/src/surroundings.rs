@@ -4,12 +4,13 @@
 //! however busy the machine is: mounts, network links, sockets and System V objects are listed whole, and the folders where
 //! programs leave things are empty file systems. Processes are those below the test, cgroups those that carry its name.
 
-#![allow(unsafe_code)] // unshare(2), which the safe wrappers call unsafe for descriptors; none is shared here.
+#![allow(unsafe_code)] // unshare(2), which the safe wrappers call unsafe for descriptors, and one ioctl(2)
 
 use crate::processes::{self, wait_for};
 use crate::{Outcome, Place};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use std::collections::BTreeSet;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -24,6 +25,7 @@ pub fn isolate() -> Outcome {
     if unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWIPC) } != 0 {
         return Err(said("namespaces for the test")(std::io::Error::last_os_error()));
     }
+    raise_loopback().map_err(said("the loopback link"))?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .map_err(|error| said("keep mounts to the test")(error.into()))?;
     for folder in FOLDERS.iter().filter(|folder| Path::new(folder).is_dir()) {
@@ -31,6 +33,21 @@ pub fn isolate() -> Outcome {
             .map_err(|error| format!("a file system of the test's own on {folder}: {error}"))?;
     }
     Ok(())
+}
+
+/// Switches the loopback link of a new network namespace on (netdevice(7)).
+fn raise_loopback() -> std::io::Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: a structure of integers and bytes, for which zero is a value.
+    let mut request = unsafe { std::mem::zeroed::<libc::ifreq>() };
+    request.ifr_name[0] = b'l' as libc::c_char;
+    request.ifr_name[1] = b'o' as libc::c_char;
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+    // SAFETY: the request is as the kernel wants it for this call, and outlives it.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
 }
 
 /// One look at the surroundings: a line for each thing that is there.

@@ -1,58 +1,166 @@
 //! A restore is all or nothing: whatever makes it fail, everything around is as it was before, and a restore from the same
 //! images succeeds when nothing is in its way.
 
-use ferry_test_bundles::{Engine, Outcome, Place, Surroundings, Workload, processes, surroundings};
+use ferry_test_bundles::workload::Talk;
+use ferry_test_bundles::{
+    Bundle, Container, Engine, Outcome, Place, Surroundings, Workload, processes, programs, surroundings,
+};
 use libtest_mimic::{Arguments, Trial};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
 
-/// A workload of the host, saved and gone; and what is around.
+/// What of this program is tested.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Face {
+    /// `ferry criu restore` of a tree of the host.
+    Host,
+    /// `ferry restore` of a container.
+    Container,
+}
+
+/// A workload that has been saved and is gone, what restores it, and what is around.
 struct Saved<'place> {
     place: &'place Place,
-    engine: Engine,
-    workload: Workload<'place>,
+    face: Face,
+    talk: Talk,
     images: PathBuf,
+    /// What it was, parents first.
     pids: Vec<i32>,
     before: Surroundings,
 }
 
 impl<'place> Saved<'place> {
-    fn new(place: &'place Place, name: &str) -> Outcome<Self> {
-        let engine = Engine::ferry()?;
+    fn new(place: &'place Place, face: Face, name: &str) -> Outcome<Self> {
+        match face {
+            Face::Host => Self::of_host(place, name),
+            Face::Container => Self::of_container(place, name),
+        }
+    }
+
+    fn of_host(place: &'place Place, name: &str) -> Outcome<Self> {
         let mut workload = Workload::start(place, name)?;
         workload.ask()?;
         let (images, pids) = (workload.images()?, processes::tree(workload.pid));
-        engine.dump(place, workload.pid, &images, &[])?;
+        Engine::ferry()?.dump(place, workload.pid, &images, &[])?;
+        Self::gone(place, Face::Host, images, pids)
+    }
+
+    fn of_container(place: &'place Place, name: &str) -> Outcome<Self> {
+        let (program, work) = (programs::workload()?, place.folder("work")?);
+        let mut bundle = Bundle::new(place, &["/bin/workload", name, "/work"])?;
+        bundle.add_program(&program)?;
+        let inside = bundle.root("bin/workload");
+        std::fs::copy(&program, &inside).map_err(|error| format!("{}: {error}", inside.display()))?;
+        bundle.privileged().bind(&work, "/work", &["rw"]);
+        let container = Container::run(place, &bundle)?;
+        let talk = Talk::new(work);
+        talk.await_ready()?;
+        talk.ask()?;
+        let (images, pids) = (place.folder("images-1")?, processes::tree(container.pid()?));
+        container.checkpoint(&["--image-path", &images.to_string_lossy()])?;
+        drop(container);
+        Self::gone(place, Face::Container, images, pids)
+    }
+
+    fn gone(place: &'place Place, face: Face, images: PathBuf, pids: Vec<i32>) -> Outcome<Self> {
         processes::await_end(&pids)?;
+        processes::wait_for("everything below the test to end", || {
+            processes::reap();
+            processes::below().is_empty()
+        })?;
         let before = Surroundings::look(place);
-        Ok(Self { place, engine, workload, images, pids, before })
+        Ok(Self { place, face, talk: Talk::new(place.path("work")), images, pids, before })
+    }
+
+    fn pid_file(&self) -> PathBuf {
+        self.place.path("root.pid")
+    }
+
+    /// The restore, with further options.
+    fn command(&self, options: &[&str]) -> Outcome<Command> {
+        let mut command = Command::new(programs::ferry()?);
+        match self.face {
+            Face::Host => {
+                command.args(["criu", "restore", "-d", "-o", "restore.log", "-v4", "--pidfile"]);
+                command.arg(self.pid_file()).arg("-D").arg(&self.images).args(options);
+            }
+            Face::Container => {
+                command.arg("--root").arg(self.place.path("state")).arg("--log").arg(self.place.path("runtime.log"));
+                command.args(["restore", "--detach", "--pid-file"]).arg(self.pid_file());
+                command.arg("--bundle").arg(self.place.path("bundle")).arg("--image-path").arg(&self.images);
+                command.args(options).arg(self.place.name());
+            }
+        }
+        command.env("TMPDIR", self.place.temporary());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Ok(command)
+    }
+
+    /// What the last restore had to say.
+    fn said(&self) -> String {
+        let log = match self.face {
+            Face::Host => self.images.join("restore.log"),
+            Face::Container => self.place.path("runtime.log"),
+        };
+        let text = std::fs::read_to_string(log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(12)..].join("\n")
+    }
+
+    fn restore(&self, options: &[&str]) -> Outcome<ExitStatus> {
+        let mut command = self.command(options)?;
+        command.status().map_err(|error| format!("{}: {error}", programs::shown(&command)))
+    }
+
+    /// Waits until everything is as it was before.
+    fn nothing_left(&self) -> Outcome {
+        self.before.await_again(self.place)
     }
 
     /// A restore that fails, saying these words, and leaves nothing.
     fn fails(&self, options: &[&str], words: &[&str]) -> Outcome {
-        match self.engine.restore(self.place, &self.images, options) {
-            Ok(()) => return Err("the restore succeeded".to_owned()),
-            Err(said) => {
-                if let Some(word) = words.iter().find(|word| !said.contains(**word)) {
-                    return Err(format!("the restore did not say {word:?}: {said}"));
-                }
-            }
+        let status = self.restore(options)?;
+        if status.code() != Some(1) {
+            return Err(format!("the restore ended with {status}, not with a failure: {}", self.said()));
         }
-        self.before.await_again(self.place)
+        let said = self.said();
+        if let Some(word) = words.iter().find(|word| !said.contains(**word)) {
+            return Err(format!("the restore did not say {word:?}: {said}"));
+        }
+        self.nothing_left()
     }
 
-    /// A restore that succeeds; the tree is right from inside. Then it is ended.
+    /// A restore that succeeds; the tree is right from inside. Then it is ended, and nothing is left.
     fn succeeds(&self) -> Outcome {
-        self.engine.restore(self.place, &self.images, &[])?;
-        self.workload.ask()?;
+        let status = self.restore(&[])?;
+        if !status.success() {
+            return Err(format!("the restore ended with {status}: {}", self.said()));
+        }
+        self.talk.ask()?;
+        self.end()
+    }
+
+    /// Ends the restored tree.
+    fn end(&self) -> Outcome {
+        let pid = std::fs::read_to_string(self.pid_file()).map_err(|error| format!("the pid file: {error}"))?;
+        let tree = processes::tree(pid.trim().parse().map_err(|_| format!("odd pid file {pid}"))?);
         processes::end_all_below();
-        Ok(())
+        processes::await_end(&tree)?;
+        std::fs::remove_file(self.pid_file()).map_err(|error| format!("the pid file: {error}"))?;
+        if self.face == Face::Container {
+            let mut delete = Command::new(programs::ferry()?);
+            delete.arg("--root").arg(self.place.path("state")).args(["delete", "--force", self.place.name()]);
+            programs::succeed(&mut delete)?;
+        }
+        self.nothing_left()
     }
 }
 
 /// The number of a task in the middle of the tree belongs to a session of somebody else's, which only the clone finds out.
 fn pid_in_use() -> Outcome {
     let place = Place::new()?;
-    let mut saved = Saved::new(&place, "prefork")?;
+    let mut saved = Saved::new(&place, Face::Host, "prefork")?;
     let number = *saved.pids.last().ok_or("the workload has no children")?;
     let stranger = processes::occupy(number)?;
     let free = std::mem::replace(&mut saved.before, Surroundings::look(&place));
@@ -60,9 +168,51 @@ fn pid_in_use() -> Outcome {
     processes::end_all_below();
     processes::await_end(&[stranger])?;
     saved.before = free;
-    saved.before.await_again(&place)?;
     saved.succeeds()?;
-    saved.workload.end()
+    place.nothing_left()
+}
+
+/// All points of a restore at which something can be made to go wrong.
+fn points() -> Outcome<Vec<String>> {
+    let listed = programs::succeed(Command::new(programs::ferry()?).args(["criu", "--list-faults"]))?;
+    Ok(listed.lines().filter(|point| point.starts_with("restore-")).map(str::to_owned).collect())
+}
+
+/// Every point × one way to go wrong: nothing is left, and the same images restore.
+///
+/// An edge of a phase is met once; a point within a phase as often as there are tasks or batches, of which some are taken.
+fn matrix(face: Face, action: &str) -> Outcome {
+    let place = Place::new()?;
+    let saved = Saved::new(&place, face, "household")?;
+    for point in points()? {
+        let is_edge = ["before", "after"].iter().any(|edge| point.starts_with(&format!("restore-{edge}-")));
+        let mut met = 0;
+        for occurrence in [1, 2, 4, 12, 36] {
+            let fault = format!("{point}:{occurrence}={action}");
+            let at = |error: String| format!("{fault}: {error}");
+            let status = saved.restore(&["--fault", &fault])?;
+            if status.success() {
+                // The point was not met so often; or it lies where nothing fails any more.
+                saved.talk.ask().and_then(|()| saved.end()).map_err(at)?;
+                break;
+            }
+            met += 1;
+            let as_asked = if action == "kill" { status.signal() == Some(9) } else { status.code() == Some(1) };
+            if !as_asked {
+                return Err(at(format!("the restore ended with {status}: {}", saved.said())));
+            }
+            saved.nothing_left().map_err(at)?;
+            if is_edge {
+                break;
+            }
+        }
+        let too_late = action == "error" && ["restore-after-go", "restore-freed"].contains(&point.as_str());
+        if (met == 0) != too_late {
+            return Err(format!("{point}={action}: met {met} times"));
+        }
+        saved.succeeds().map_err(|error| format!("after {point}={action}: {error}"))?;
+    }
+    place.nothing_left()
 }
 
 fn main() {
@@ -71,6 +221,12 @@ fn main() {
     let trial = |name: &str, run: fn() -> Outcome| {
         Trial::test(name, move || surroundings::isolate().and_then(|()| run()).map_err(Into::into))
     };
-    let trials = vec![trial("pid_in_use", pid_in_use)];
+    let trials = vec![
+        trial("pid_in_use", pid_in_use),
+        trial("matrix::host_error", || matrix(Face::Host, "error")),
+        trial("matrix::host_kill", || matrix(Face::Host, "kill")),
+        trial("matrix::container_error", || matrix(Face::Container, "error")),
+        trial("matrix::container_kill", || matrix(Face::Container, "kill")),
+    ];
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -12,6 +12,7 @@ mod epoll;
 mod filesystem;
 mod fork_memory;
 mod freezing;
+mod household;
 mod locks;
 mod mappings;
 mod memory;
@@ -85,6 +86,7 @@ fn groups() -> Vec<&'static [Workload]> {
         workloads!(terminals: terminal, terminal_settings, terminal_input, terminal_session, terminal_controlling),
         workloads!(terminals: terminal_hung_up, terminal_modes, terminal_outside),
         workloads!(locks: futex_between_processes),
+        workloads!(household: household),
         workloads!(service: service),
         workloads!(freezing: spinning),
         workloads!(survivor: survivor, churn),
