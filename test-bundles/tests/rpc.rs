@@ -114,7 +114,7 @@ fn hostile_requests_are_answered() -> Outcome {
         ("an unknown namespace to leave empty", valid().number(38, 1), "empty_ns 0x1"),
         ("an unknown lock", valid().number(64, 9), "network_lock 9"),
         ("an option in a value", valid().text(37, "x --leave-stopped --shell-job"), "x --leave-stopped"),
-        ("thousands of mounts without names", many, "mnt[]"),
+        ("thousands of mounts without names", many, "ext_mnt"),
         ("no such process", folder.options("dump.log").number(2, 0x7fff_fff0), "no process"),
         ("a process before all", folder.options("dump.log").number(2, (-7i64).cast_unsigned()), ""),
     ] {

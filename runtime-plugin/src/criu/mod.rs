@@ -88,7 +88,7 @@ fn run(options: &Options) -> Outcome {
     let Some(command) = options.command.as_deref() else {
         return Err(Failure::new("no command given: use dump, restore or check; see criu --help"));
     };
-    let takes_more = options.exec_cmd || matches!(command, "cpuinfo" | "swrk");
+    let takes_more = options.exec_cmd || matches!(command, "cpuinfo" | "swrk" | "service");
     if let (Some(word), false) = (options.rest.first(), takes_more) {
         return Err(Failure::new(format!("{} is one word too many for {command}", word.to_string_lossy())));
     }

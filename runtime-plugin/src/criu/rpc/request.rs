@@ -52,7 +52,7 @@ fn prepare_any(kind: RequestType, asked: &RequestOptions, peer: &Peer) -> Result
     add_log(&mut words, asked)?;
     add_switches(&mut words, asked);
     add_values(&mut words, asked)?;
-    add_objects(&mut words, asked);
+    add_objects(&mut words, asked)?;
     if !peer.is_starter() && (asked.rst_sibling == Some(true) || !asked.inherit_fd.is_empty()) {
         return Err(Failure::new("rst_sibling and inherit_fd are for criu swrk only: a service is nobody's child"));
     }
@@ -85,6 +85,8 @@ fn prepare_any(kind: RequestType, asked: &RequestOptions, peer: &Peer) -> Result
     }
     options.tree = Some(asked.pid.unwrap_or(peer.pid.0));
     options.restore_detached = true;
+    // Nothing is printed, whatever a configuration file says.
+    options.display_stats = false;
     Ok(Prepared {
         options,
         wants: Wants {
@@ -240,8 +242,14 @@ fn cgroup_mode(asked: &RequestOptions) -> Result<Option<&'static str>, Failure> 
 }
 
 /// Options that may be given many times.
-fn add_objects(words: &mut Words, asked: &RequestOptions) {
+fn add_objects(words: &mut Words, asked: &RequestOptions) -> Result<(), Failure> {
     for mount in &asked.ext_mnt {
+        if mount.key.is_empty() || mount.value.is_empty() {
+            return Err(Failure::new(format!(
+                "ext_mnt {:?}: {:?}: both a key and a value are wanted",
+                mount.key, mount.value
+            )));
+        }
         words.value("external", format!("mnt[{}]:{}", mount.key, mount.value));
     }
     if asked.auto_ext_mnt == Some(true) {
@@ -286,4 +294,5 @@ fn add_objects(words: &mut Words, asked: &RequestOptions) {
             words.value("ps-socket", number.to_string());
         }
     }
+    Ok(())
 }

@@ -230,7 +230,10 @@ impl Session {
                 .with_errno(libc::EBADRQC)
         })?;
         log::install_to(Some(file), options.log_level());
-        Ok(())
+        // What the request names by a relative path is there, and scripts run there.
+        let folder = work_dir(options);
+        std::env::set_current_dir(&folder)
+            .map_err(|error| Failure::from(error).context(format!("cannot change to {}", folder.display())))
     }
 
     fn may_go_on(prepared: &Prepared) -> Result<(), Failure> {
