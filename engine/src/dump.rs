@@ -75,6 +75,8 @@ pub struct DumpOptions {
     pub namespaces: NamespaceOptions,
     /// Cgroups.
     pub cgroups: CgroupOptions,
+    /// Whether the images tell of the processor.
+    pub cpuinfo: bool,
     /// Whom to tell of written memory.
     pub progress: Progress,
     /// What ends the dump early. Not looked at any more once the images are complete.
@@ -117,6 +119,7 @@ impl Default for DumpOptions {
             faults: Faults::default(),
             journal: None,
             cgroups: CgroupOptions::default(),
+            cpuinfo: false,
         }
     }
 }
@@ -207,6 +210,9 @@ pub enum DumpError {
     /// The content of namespaces could not be saved.
     #[error(transparent)]
     NamespaceContent(#[from] DumpNamespacesError),
+    /// The processor could not be told.
+    #[error(transparent)]
+    Cpu(#[from] crate::cpuinfo::CpuError),
     /// Cgroups could not be read.
     #[error(transparent)]
     Cgroups(#[from] ferry_cgroup::SaveError),

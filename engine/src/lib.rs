@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod cancel;
 pub mod cgroups;
+pub mod cpuinfo;
 pub mod dump;
 pub mod error;
 pub mod fault;

@@ -124,3 +124,20 @@ fn crit_decodes_every_image() -> Outcome {
     }
     Ok(())
 }
+
+#[test]
+#[ignore = "needs CRIU 4.x: set CRIU to its path"]
+fn processors_are_told_alike() -> Outcome {
+    let (criu, ferry) = (Engine::command_line(&from_environment("CRIU")?)?, Engine::ferry()?);
+    let place = Place::new()?;
+    for (writer, reader, name) in [(&criu, &ferry, "of-criu"), (&ferry, &criu, "of-ferry")] {
+        let images = place.folder(name)?;
+        let run = |engine: &Engine, verb: &str| {
+            let mut command = engine.command(&place, "cpuinfo", &images, "cpu.log");
+            programs::succeed(command.args([verb, "--cpu-cap=all"])).map(drop)
+        };
+        run(writer, "dump")?;
+        run(reader, "check")?;
+    }
+    Ok(())
+}

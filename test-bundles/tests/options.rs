@@ -296,3 +296,19 @@ fn the_log_has_its_place_and_its_pid() -> Outcome {
     workload.ask()?;
     workload.end()
 }
+
+#[test]
+fn a_dump_tells_of_its_processor_and_a_restore_compares_it() -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::under_test()?);
+    let mut workload = Workload::start(&place, "heap")?;
+    let (without, images) = (workload.images()?, workload.images()?);
+    engine.dump(&place, workload.pid, &without, &["--leave-running"])?;
+    engine.dump(&place, workload.pid, &images, &["--cpu-cap"])?;
+    processes::await_end(&[workload.pid])?;
+    same((without.join("cpuinfo.img").exists(), images.join("cpuinfo.img").exists()), (false, true))?;
+    let problem = engine.restore(&place, &without, &["--cpu-cap"]).err().unwrap_or_default();
+    same(problem.contains("do not tell of the processor"), true)?;
+    engine.restore(&place, &images, &["--cpu-cap=cpu"])?;
+    workload.ask()?;
+    workload.end()
+}

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use ferry_cgroup::Frozen;
 
-use crate::cgroups;
 use crate::fault::DumpStep;
 use crate::files::FilesDump;
 use crate::images::ids::TaskKobjIdsEntry;
@@ -15,6 +14,7 @@ use crate::images::pstree::PstreeEntry;
 use crate::images::stats::{DumpStatsEntry, StatsEntry};
 use crate::images::{Content, Encoder, Manifest, Sink, encode};
 use crate::sys::PAGE_SIZE;
+use crate::{cgroups, cpuinfo};
 
 use super::{DumpError, DumpOptions, Dumped, ProcessState, TreeState};
 
@@ -59,6 +59,9 @@ pub fn save(
     sink.put("pstree.img", &encode(Kind::Pstree, &tree))?;
     save_files(&state.files, sink)?;
     sink.put("seccomp.img", &encode(Kind::Seccomp, std::slice::from_ref(&state.filters)))?;
+    if options.cpuinfo {
+        sink.put("cpuinfo.img", &encode(Kind::Cpuinfo, &[cpuinfo::collect()?]))?;
+    }
     if let Some(cgroups) = state.cgroups.dump(&options.cgroups, frozen)? {
         sink.put("cgroup.img", &encode(Kind::Cgroup, &[cgroups]))?;
     }

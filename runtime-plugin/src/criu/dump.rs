@@ -87,6 +87,7 @@ pub fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
         dump.files.ghost_limit = parse_size(limit)?;
     }
     dump.cgroups = super::cgroups::options(options)?;
+    dump.cpuinfo = super::cpuinfo::is_wanted(options)?;
     dump.files.file_locks = options.file_locks;
     dump.files.outside_stdio = options.shell_job;
     dump.files.outside_terminal = options.shell_job;

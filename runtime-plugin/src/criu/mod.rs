@@ -6,6 +6,7 @@
 mod cgroups;
 mod check;
 pub mod config;
+mod cpuinfo;
 mod dump;
 mod freezer;
 mod listen;
@@ -107,11 +108,15 @@ fn run(options: &Options) -> Outcome {
             if options.exec_cmd { exec(&options.rest) } else { Ok(ExitCode::SUCCESS) }
         }
         "check" => check::run(options),
+        "cpuinfo" => {
+            install_log(options)?;
+            cpuinfo::run(options)
+        }
         "swrk" => rpc::swrk(options),
         "service" => rpc::service(options),
         "exec" => Err(Failure::new("the command exec is not part of CRIU 4 any more, nor of ferry")),
         "show" => Err(Failure::new("the command show is not part of CRIU 4 any more: crit decode shows images")),
-        "pre-dump" | "page-server" | "lazy-pages" | "dedup" | "cpuinfo" => {
+        "pre-dump" | "page-server" | "lazy-pages" | "dedup" => {
             Err(Failure::new(format!("ferry does not support the command {command} yet")))
         }
         other => Err(Failure::new(format!("unknown command {other}: use dump, restore or check; see criu --help"))),

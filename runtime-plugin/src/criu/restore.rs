@@ -21,6 +21,7 @@ use crate::pid_file::PidFile;
 /// Restores the tree; `client` is told of stages, besides action scripts. The root's pid.
 pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<HostPid, Failure> {
     let images = ImageSet::open(Box::new(FolderSource::open(images_dir(options))?))?;
+    super::cpuinfo::check(options, &images)?;
     let listeners = Listeners::new(options, client);
     listeners.tell(Event::PreRestore, None)?;
     let janitor = Janitor::hire(|_| || ())
