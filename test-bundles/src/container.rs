@@ -28,10 +28,20 @@ impl<'place> Container<'place> {
     /// Starts a container of this bundle with some runtime, detached. The state of one that is not under test lies where it
     /// keeps it by itself, so that others find it.
     pub fn run_with(place: &'place Place, bundle: &Bundle, runtime: PathBuf) -> Outcome<Self> {
+        Self::run_options(place, bundle, runtime, &[])
+    }
+
+    /// The same with options of `run`.
+    pub fn run_options(
+        place: &'place Place,
+        bundle: &Bundle,
+        runtime: PathBuf,
+        options: &[&str],
+    ) -> Outcome<Self> {
         let container = Self::prepare(place, bundle, runtime)?;
-        container.detached(
-            container.command("run").arg("--detach").arg("--bundle").arg(&container.bundle).arg(&container.id),
-        )?;
+        let mut command = container.command("run");
+        command.arg("--detach").arg("--bundle").arg(&container.bundle).args(options).arg(&container.id);
+        container.detached(&mut command)?;
         Ok(container)
     }
 

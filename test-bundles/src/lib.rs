@@ -25,6 +25,7 @@ pub mod service;
 pub mod surroundings;
 pub mod torture;
 pub mod victim;
+pub mod terminal;
 pub mod workload;
 
 pub use bundle::Bundle;

@@ -46,6 +46,9 @@ const WORKLOADS: &[&str] = &[
     "epoll_set",
     "unix_listener",
     "devices",
+    "terminal",
+    "terminal_settings",
+    "terminal_controlling",
 ];
 
 /// Workloads that together fill every kind of image; crit takes a while for each.
@@ -61,6 +64,8 @@ const DECODED: &[&str] = &[
     "fifo",
     "epoll_set",
     "unix_listener",
+    "terminal_input",
+    "terminal_hung_up",
 ];
 
 fn from_environment(name: &str) -> Outcome<String> {

@@ -74,14 +74,23 @@ fn dump_settings(settings: &Termios) -> TermiosEntry {
         c_line: settings.c_line.into(),
         c_ispeed: settings.c_ispeed,
         c_ospeed: settings.c_ospeed,
-        c_cc: settings.c_cc.iter().map(|byte| u32::from(*byte)).collect(),
+        c_cc: pack(&settings.c_cc),
     }
+}
+
+/// Control characters as images have them: four a word, in as many words as there are characters.
+fn pack(characters: &[u8; CONTROL_CHARACTERS]) -> Vec<u32> {
+    let mut words = vec![0; CONTROL_CHARACTERS];
+    for (place, byte) in characters.iter().enumerate() {
+        words[place / 4] |= u32::from(*byte) << (place % 4 * 8);
+    }
+    words
 }
 
 fn read_settings(entry: &TermiosEntry) -> Termios {
     let mut c_cc = [0; CONTROL_CHARACTERS];
-    for (byte, word) in c_cc.iter_mut().zip(&entry.c_cc) {
-        *byte = *word as u8;
+    for (byte, found) in c_cc.iter_mut().zip(entry.c_cc.iter().flat_map(|word| word.to_le_bytes())) {
+        *byte = found;
     }
     Termios {
         c_iflag: entry.c_iflag,
@@ -110,5 +119,19 @@ fn read_size(entry: &WinsizeEntry) -> WindowSize {
         ws_col: entry.ws_col as u16,
         ws_xpixel: entry.ws_xpixel as u16,
         ws_ypixel: entry.ws_ypixel as u16,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_are_four_a_word() {
+        let mut settings = Termios::default();
+        settings.c_cc = std::array::from_fn(|place| place as u8 + 1);
+        let entry = dump_settings(&settings);
+        assert_eq!((entry.c_cc.len(), entry.c_cc[0], entry.c_cc[4], entry.c_cc[5]), (19, 0x0403_0201, 0x0013_1211, 0));
+        assert_eq!(read_settings(&entry), settings);
     }
 }

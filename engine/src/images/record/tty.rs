@@ -68,7 +68,8 @@ pub struct TtyInfoEntry {
     pub ferry: Option<FerryTtyEntry>,
 }
 
-/// Terminal settings; `c_cc` holds 19 control characters, one a word.
+/// Terminal settings. `c_cc` is 19 words, whose bytes in memory begin with the 19 control characters: four a word, the first
+/// lowest.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct TermiosEntry {
     #[prost(uint32, required, tag = "1")]

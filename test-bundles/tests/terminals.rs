@@ -1,0 +1,97 @@
+//! Terminals whose master side is outside what is saved: a container's console, and the job of a shell.
+
+use ferry_test_bundles::terminal::{ConsoleSocket, Terminal};
+use ferry_test_bundles::{Bundle, Container, Engine, Outcome, Place, processes, programs};
+use std::path::PathBuf;
+
+/// A shell in a container with a console, run by this runtime, is checkpointed and restored twice, each time to another console
+/// socket. It goes on with its variables, its terminal's settings and size, and ^C ends the job in the foreground.
+fn console(runtime: PathBuf) -> Outcome {
+    let place = Place::new()?;
+    let mut bundle = Bundle::new(&place, &["sh"])?;
+    bundle.config["process"]["terminal"] = true.into();
+    for name in ["tty", "stty", "readlink"] {
+        std::os::unix::fs::symlink("busybox", bundle.root("bin").join(name))
+            .map_err(|error| format!("{name}: {error}"))?;
+    }
+    let socket = ConsoleSocket::new(place.path("console-0"))?;
+    let option = ["--console-socket", &*socket.path().to_string_lossy()];
+    let container = Container::run_options(&place, &bundle, runtime, &option)?;
+    let mut terminal = socket.take()?;
+    terminal.set_size((33, 99))?;
+    terminal.enter("value=41; stty -echo\n")?;
+    let images = place.folder("images")?;
+    let images = ["--image-path", &*images.to_string_lossy()];
+    for round in 1..=2 {
+        let told = |error: String| format!("round {round}: {error}");
+        // The prompt tells that the shell waits; what has been printed by then is not the container's any more.
+        terminal.enter("value=$((value+1)); echo value=$value; tty\n")?;
+        terminal.expect(&format!("value={}", 41 + 2 * round - 1)).map_err(told)?;
+        terminal.expect("# ").map_err(told)?;
+        container.checkpoint(&images).map_err(told)?;
+        let socket = ConsoleSocket::new(place.path(&format!("console-{round}")))?;
+        let option = ["--console-socket", &*socket.path().to_string_lossy()];
+        container.restore(&[&images[..], &option].concat()).map_err(told)?;
+        terminal = socket.take()?;
+        if terminal.size()? != (33, 99) {
+            return Err(format!("round {round}: the size is {:?} now", terminal.size()?));
+        }
+        terminal.enter("value=$((value+1)); echo value=$value; echo on > /dev/tty; readlink /proc/self/fd/0\n")?;
+        terminal.expect(&format!("value={}", 41 + 2 * round)).map_err(told)?;
+        terminal.expect("on").map_err(told)?;
+        terminal.expect("/dev/").map_err(told)?;
+        terminal.enter("sleep 1000; echo status=$?\n")?;
+        processes::wait_for("the job to start", || {
+            container.pid().is_ok_and(|pid| processes::tree(pid).len() == 2)
+        })?;
+        terminal.enter("\x03")?;
+        // The shell's own echo of the line is off.
+        processes::wait_for("the job to end", || {
+            container.pid().is_ok_and(|pid| processes::tree(pid).len() == 1)
+        })
+        .map_err(told)?;
+    }
+    container.end()
+}
+
+#[test]
+fn a_console_comes_back_to_a_new_socket() -> Outcome {
+    console(programs::runtime()?)
+}
+
+/// A job of an interactive shell is dumped, and restored as the job of another shell in another terminal.
+#[test]
+fn a_shell_job_moves_to_another_terminal() -> Outcome {
+    let place = Place::new()?;
+    place.own_terminals()?;
+    let pid_file = place.path("pid");
+    let images = place.folder("images")?;
+    let mut first = Terminal::with_shell()?;
+    // What the test's own parents left open is not the job's (make's job server is a pipe).
+    let close = "for fd in /proc/$$/fd/*; do fd=${fd##*/}; [ $fd -gt 2 ] && eval \"exec $fd>&-\"; done";
+    let serve = "while read line; do echo \"[$line]\"; done";
+    let pid = pid_file.display();
+    first.enter(&format!("bash -c '{close}; echo $$ > {pid}.new; mv {pid}.new {pid}; {serve}'\n"))?;
+    processes::wait_for("the job's pid", || pid_file.exists())?;
+    let pid = std::fs::read_to_string(&pid_file).map_err(|error| error.to_string())?;
+    let pid: i32 = pid.trim().parse().map_err(|_| format!("odd pid {pid}"))?;
+    first.enter("one\n")?;
+    first.expect("[one]")?;
+    let engine = Engine::ferry()?;
+    engine.dump(&place, pid, &images, &["--shell-job"])?;
+    let mut second = Terminal::with_shell()?;
+    let ferry = programs::ferry()?;
+    second.enter(&format!("{} criu restore --shell-job -D {} -o r.log\n", ferry.display(), images.display()))?;
+    second.enter("two\n")?;
+    second.expect("[two]").map_err(|error| {
+        format!("{error}\n{}", std::fs::read_to_string(images.join("r.log")).unwrap_or_default())
+    })?;
+    // The job alone is interrupted, and the shell goes on.
+    second.enter("\x03")?;
+    second.expect("$ ")?;
+    second.enter("echo shell=$((6*7))\n")?;
+    second.expect("shell=42")?;
+    drop((first, second));
+    processes::end_all_below();
+    place.nothing_left()
+}
