@@ -149,15 +149,6 @@ fn send(socket: BorrowedFd<'_>, name: &[u8], descriptor: BorrowedFd<'_>) -> Resu
     Ok(())
 }
 
-/// The terminal of ferry's standard input, for a tree that shares one with a shell.
-///
-/// # Errors
-/// The kernel's, of duplicating it.
-pub fn own_terminal(wanted: bool) -> io::Result<Option<OwnedFd>> {
-    let stdin = io::stdin();
-    if wanted && isatty(&stdin) { stdin.as_fd().try_clone_to_owned().map(Some) } else { Ok(None) }
-}
-
 /// The master side of a container's terminal, held by ferry.
 #[derive(Debug)]
 pub struct Terminal {

@@ -33,6 +33,7 @@ mod lifecycle;
 mod logs;
 mod obstacles;
 mod pid_file;
+mod own_terminal;
 #[cfg(feature = "oci")]
 mod process;
 #[cfg(feature = "oci")]

@@ -32,12 +32,7 @@ impl<'place> Container<'place> {
     }
 
     /// The same with options of `run`.
-    pub fn run_options(
-        place: &'place Place,
-        bundle: &Bundle,
-        runtime: PathBuf,
-        options: &[&str],
-    ) -> Outcome<Self> {
+    pub fn run_options(place: &'place Place, bundle: &Bundle, runtime: PathBuf, options: &[&str]) -> Outcome<Self> {
         let container = Self::prepare(place, bundle, runtime)?;
         let mut command = container.command("run");
         command.arg("--detach").arg("--bundle").arg(&container.bundle).args(options).arg(&container.id);

@@ -9,6 +9,8 @@ pub const REFUSED: &[(&str, &str)] = &[
     ("deleted_linked_file", "hard link"),
     ("pipe_packets", "packet mode"),
     ("terminal_outside", "its master side"),
+    ("udp_waiting", "datagram"),
+    ("multicast", "multicast group"),
     ("inotify", "inotify"),
     ("memfd", "memfd"),
     ("pidfd", "pidfd"),

@@ -23,9 +23,9 @@ pub mod programs;
 pub mod rpc;
 pub mod service;
 pub mod surroundings;
+pub mod terminal;
 pub mod torture;
 pub mod victim;
-pub mod terminal;
 pub mod workload;
 
 pub use bundle::Bundle;

@@ -41,15 +41,11 @@ fn console(runtime: PathBuf) -> Outcome {
         terminal.expect("on").map_err(told)?;
         terminal.expect("/dev/").map_err(told)?;
         terminal.enter("sleep 1000; echo status=$?\n")?;
-        processes::wait_for("the job to start", || {
-            container.pid().is_ok_and(|pid| processes::tree(pid).len() == 2)
-        })?;
+        processes::wait_for("the job to start", || container.pid().is_ok_and(|pid| processes::tree(pid).len() == 2))?;
         terminal.enter("\x03")?;
         // The shell's own echo of the line is off.
-        processes::wait_for("the job to end", || {
-            container.pid().is_ok_and(|pid| processes::tree(pid).len() == 1)
-        })
-        .map_err(told)?;
+        processes::wait_for("the job to end", || container.pid().is_ok_and(|pid| processes::tree(pid).len() == 1))
+            .map_err(told)?;
     }
     container.end()
 }
@@ -83,9 +79,9 @@ fn a_shell_job_moves_to_another_terminal() -> Outcome {
     let ferry = programs::ferry()?;
     second.enter(&format!("{} criu restore --shell-job -D {} -o r.log\n", ferry.display(), images.display()))?;
     second.enter("two\n")?;
-    second.expect("[two]").map_err(|error| {
-        format!("{error}\n{}", std::fs::read_to_string(images.join("r.log")).unwrap_or_default())
-    })?;
+    second
+        .expect("[two]")
+        .map_err(|error| format!("{error}\n{}", std::fs::read_to_string(images.join("r.log")).unwrap_or_default()))?;
     // The job alone is interrupted, and the shell goes on.
     second.enter("\x03")?;
     second.expect("$ ")?;

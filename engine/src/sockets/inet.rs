@@ -4,8 +4,11 @@
 
 use std::os::fd::BorrowedFd;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::multicast::{self, Group};
 use super::options::{collect_options, restore_options, set_number};
-use super::state;
+use super::{state, uncommon};
 use crate::files::Problem;
 use crate::files::fdinfo::FdInfo;
 use crate::files::session::{Done, Session, Temporary};
@@ -200,7 +203,9 @@ pub fn is_whole(entry: &InetSkEntry) -> bool {
         _ => return false,
     };
     let addresses = [(&entry.src_addr, entry.src_port), (&entry.dst_addr, entry.dst_port)];
+    let (family, protocol) = (entry.family as i32, entry.proto as i32);
     addresses.iter().all(|(address, port)| address.len() == words && *port <= u16::MAX.into())
+        && entry.ferry.as_ref().is_none_or(|ferry| uncommon::is_whole(family, protocol, ferry))
 }
 
 /// Why a socket cannot be restored, if so.
@@ -211,6 +216,34 @@ pub fn obstacle(entry: &InetSkEntry) -> Option<&'static str> {
         (libc::SOCK_STREAM, libc::IPPROTO_TCP, _) => Some("TCP connections cannot be restored yet"),
         _ => Some("sockets of this type and protocol cannot be restored yet"),
     }
+}
+
+/// State that is not kept.
+pub fn check_losses(entry: &InetSkEntry, fd: BorrowedFd<'_>, groups: &[Group], stopped: bool) -> Result<(), Problem> {
+    if let Some(group) = multicast::membership(fd, entry.family as i32, groups) {
+        return Err(Problem::new(
+            format!("it is a member of multicast group {group}, which cannot be saved yet"),
+            "have the program leave it",
+        ));
+    }
+    // While the tree runs this changes all the time.
+    if stopped && entry.r#type == libc::SOCK_DGRAM as u32 && has_datagram(fd) {
+        return Err(Problem::new(
+            "it has received a datagram that the program has not read yet",
+            "try again when it has",
+        ));
+    }
+    Ok(())
+}
+
+fn has_datagram(fd: BorrowedFd<'_>) -> bool {
+    let mut wanted = [PollFd::from_borrowed_fd(fd, PollFlags::IN | PollFlags::RDHUP)];
+    let ready = poll(&mut wanted, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap_or(0) != 0;
+    let events = wanted[0].revents();
+    // What was shut down for reading is always ready.
+    ready
+        && events.contains(PollFlags::IN)
+        && (!events.contains(PollFlags::RDHUP) || rustix::io::ioctl_fionread(fd).is_ok_and(|length| length > 0))
 }
 
 /// Makes a socket, binds it, and has it listen or connects it as it was.
@@ -227,6 +260,9 @@ pub fn restore_inet(session: &mut Session<'_>, entry: &InetSkEntry, cloexec: boo
     }
     restore_options(session, socket, &entry.opts)?;
     restore_ip_options(session, socket, entry)?;
+    if let Some(options) = &entry.ferry {
+        uncommon::restore(session, socket, options)?;
+    }
     if entry.src_port != 0 {
         // Connections of the time before may linger on the port (TIME_WAIT).
         reuse(session, true)?;

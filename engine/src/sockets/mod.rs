@@ -4,6 +4,8 @@
 //! | --- | --- |
 //! | `options` | what all families share: the options of `SOL_SOCKET` |
 //! | `inet` | IPv4 and IPv6: listening TCP, TCP that is not connected, UDP |
+//! | `uncommon` | options of those that CRIU's format has no place for |
+//! | `multicast` | which groups a socket is in |
 //! | `unix` | local sockets: listening, bound, pairs |
 //! | `queue` | packets that wait in a receive queue |
 //! | `diag` | what sock_diag(7) tells of local sockets |
@@ -13,8 +15,10 @@
 
 mod diag;
 pub(crate) mod inet;
+mod multicast;
 mod options;
 mod queue;
+mod uncommon;
 pub(crate) mod unix;
 
 use std::collections::{BTreeMap, HashMap};
@@ -54,6 +58,9 @@ pub(crate) struct Sockets<H> {
     /// Local sockets that are connected: inode, peer, and who has them.
     ends: BTreeMap<u32, (u32, H)>,
     packets: Vec<queue::Packet>,
+    new: uncommon::NewSockets,
+    /// Multicast groups of the network namespace.
+    groups: Vec<multicast::Group>,
 }
 
 /// One socket, as the walk over descriptors found it.
@@ -74,7 +81,16 @@ impl<H> Sockets<H> {
     pub fn of(root: HostPid, namespace_id: Option<u32>, requested_by: Option<u32>) -> io::Result<Self> {
         use std::os::unix::fs::MetadataExt;
         let namespace = std::fs::metadata(format!("/proc/{root}/ns/net"))?.ino();
-        Ok(Self { namespace, namespace_id, requested_by, unix: None, ends: BTreeMap::new(), packets: Vec::new() })
+        Ok(Self {
+            namespace,
+            namespace_id,
+            requested_by,
+            unix: None,
+            ends: BTreeMap::new(),
+            packets: Vec::new(),
+            new: uncommon::NewSockets::default(),
+            groups: multicast::groups(root)?,
+        })
     }
 
     /// Reads a socket; with `content`, what waits in its queue as well.
@@ -90,7 +106,11 @@ impl<H> Sockets<H> {
         match self.family(duplicate)? {
             family @ (libc::AF_INET | libc::AF_INET6) => {
                 let isk = inet::collect_inet(id, inode, family, &info, duplicate, fown)?;
-                let isk = InetSkEntry { ns_id: self.namespace_id, ..isk };
+                inet::check_losses(&isk, duplicate, &self.groups, content)?;
+                let kind = (family, isk.r#type as i32, isk.proto as i32);
+                let ferry = uncommon::collect(duplicate, kind, &mut self.new)
+                    .map_err(|errno| Problem::unreadable("the options of a new socket", errno))?;
+                let isk = InetSkEntry { ns_id: self.namespace_id, ferry, ..isk };
                 Ok(FileEntry { isk: Some(isk.into()), ..entry(FdType::InetSk) })
             }
             libc::AF_UNIX => {

@@ -99,7 +99,8 @@ pub fn set_number(session: &mut Session<'_>, socket: Temporary, level: i32, name
     set_bytes(session, socket, level, name, &value.to_ne_bytes())
 }
 
-fn set_bytes(session: &mut Session<'_>, socket: Temporary, level: i32, name: i32, value: &[u8]) -> Done {
+/// Sets any option.
+pub fn set_bytes(session: &mut Session<'_>, socket: Temporary, level: i32, name: i32, value: &[u8]) -> Done {
     let before = [socket.number().into(), level as u64, name as u64];
     session.must_around("set an option of it", libc::SYS_setsockopt, &before, value, &[value.len() as u64])
 }

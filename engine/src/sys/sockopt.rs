@@ -1,6 +1,7 @@
 //! getsockopt(2), for the options that `rustix` and `nix` do not read.
 #![allow(unsafe_code)]
 
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
@@ -66,6 +67,32 @@ pub fn network_namespace(fd: BorrowedFd<'_>) -> nix::Result<u64> {
     };
     let stat = rustix::fs::fstat(&namespace).map_err(|error| Errno::from_raw(error.raw_os_error()))?;
     Ok(stat.st_ino)
+}
+
+/// Whether a socket is a member of a multicast group on an interface (`MCAST_MSFILTER`, RFC 3678).
+pub fn is_member(fd: BorrowedFd<'_>, interface: u32, group: IpAddr) -> bool {
+    const MCAST_MSFILTER: i32 = 48;
+    /// `struct group_filter` without sources: interface, group, mode, number of sources.
+    const GROUP: usize = 8;
+    const LEN: usize = GROUP + size_of::<libc::sockaddr_storage>() + 8;
+    let mut filter = [0u8; LEN];
+    filter[..4].copy_from_slice(&interface.to_ne_bytes());
+    let (level, family) = match group {
+        IpAddr::V4(address) => {
+            filter[GROUP + 4..GROUP + 8].copy_from_slice(&address.octets());
+            (libc::SOL_IP, libc::AF_INET)
+        }
+        IpAddr::V6(address) => {
+            filter[GROUP + 8..GROUP + 24].copy_from_slice(&address.octets());
+            (libc::SOL_IPV6, libc::AF_INET6)
+        }
+    };
+    filter[GROUP..GROUP + 2].copy_from_slice(&(family as u16).to_ne_bytes());
+    let mut len = LEN as libc::socklen_t;
+    // SAFETY: the kernel reads and writes at most `len` bytes, which is how long the array is.
+    let answer =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, MCAST_MSFILTER, filter.as_mut_ptr().cast(), &raw mut len) };
+    check(i64::from(answer)).is_ok()
 }
 
 /// Sets where `MSG_PEEK` reads next; -1 for the start, always (`SO_PEEK_OFF`, Linux 3.4).

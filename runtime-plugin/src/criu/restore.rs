@@ -80,7 +80,7 @@ fn await_end(root: HostPid) -> Result<(), Failure> {
 fn restore_options<'a>(options: &Options) -> Result<RestoreOptions<'a>, Failure> {
     let mut restore = RestoreOptions {
         shell_job: options.shell_job,
-        terminal: crate::console::own_terminal(options.shell_job)?,
+        terminal: crate::own_terminal::own_terminal(options.shell_job)?,
         sibling: options.restore_sibling,
         leave_stopped: options.leave_stopped,
         faults: Faults::new(options.fault.iter().copied()),

@@ -60,7 +60,7 @@ pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(),
         progress: Some(Box::new(|phase| layer.at_phase(phase))),
         names: Some(plan.remains.janitor().journal()),
         inherited: stdio_from_here(&stdio)?,
-        terminal: crate::console::own_terminal(plan.args.shell_job)?,
+        terminal: crate::own_terminal::own_terminal(plan.args.shell_job)?,
         terminal_master: plan.console.socket().map(|_| -> TakeTerminal<'_> {
             Box::new(|master| plan.console.pass(&master).map_err(|error| error.to_string()))
         }),

@@ -69,8 +69,9 @@ pub fn look(master: BorrowedFd<'_>) -> nix::Result<Input> {
     let own = open_slave(master)?;
     let slave = own.as_fd();
     let mut input = Input::default();
+    // The slave first: what is on its way to it is echoed to the master when it arrives, and reading waits for that.
     let taken =
-        take_from_master(master, packets, &mut input.master).and_then(|()| take_from_slave(slave, &mut input.slave));
+        take_from_slave(slave, &mut input.slave).and_then(|()| take_from_master(master, packets, &mut input.master));
     let back = put(master, &input);
     taken.and(back).map(|()| input)
 }

@@ -128,8 +128,7 @@ mod tests {
 
     #[test]
     fn control_characters_are_four_a_word() {
-        let mut settings = Termios::default();
-        settings.c_cc = std::array::from_fn(|place| place as u8 + 1);
+        let settings = Termios { c_cc: std::array::from_fn(|place| place as u8 + 1), ..Termios::default() };
         let entry = dump_settings(&settings);
         assert_eq!((entry.c_cc.len(), entry.c_cc[0], entry.c_cc[4], entry.c_cc[5]), (19, 0x0403_0201, 0x0013_1211, 0));
         assert_eq!(read_settings(&entry), settings);

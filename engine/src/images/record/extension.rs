@@ -83,3 +83,21 @@ pub struct FerryTtyEntry {
     #[prost(bool, optional, tag = "1")]
     pub abandoned: Option<bool>,
 }
+
+/// Options of an IPv4 or IPv6 socket that differ from those of a new one.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct FerryInetEntry {
+    #[prost(message, repeated, tag = "1")]
+    pub options: Vec<FerryOptionEntry>,
+}
+
+/// One option, as `getsockopt(2)` gives it and `setsockopt(2)` takes it.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct FerryOptionEntry {
+    #[prost(uint32, required, tag = "1")]
+    pub level: u32,
+    #[prost(uint32, required, tag = "2")]
+    pub name: u32,
+    #[prost(bytes = "vec", required, tag = "3")]
+    pub value: Vec<u8>,
+}

@@ -2,7 +2,7 @@
 //!
 //! The stream image is one [`TcpStreamEntry`], then the receive queue's bytes, then the send queue's.
 
-use super::extension::FerryTcpEntry;
+use super::extension::{FerryInetEntry, FerryTcpEntry};
 use super::fown::FownEntry;
 use super::sockets::{SkOptsEntry, SkShutdown};
 
@@ -49,6 +49,8 @@ pub struct InetSkEntry {
     pub shutdown: Option<i32>,
     #[prost(message, optional, tag = "20")]
     pub tcp_opts: Option<TcpOptsEntry>,
+    #[prost(message, optional, tag = "1000")]
+    pub ferry: Option<FerryInetEntry>,
 }
 
 /// Options of level `IPPROTO_IP` and `IPPROTO_IPV6`.

@@ -1,10 +1,10 @@
 //! Sockets without connections to elsewhere: listening ones, local pairs, UDP (socket(7), tcp(7), ip(7), unix(7)).
 
 use crate::room::{Check, Room};
-use crate::sys::{Fault, Verdict, ensure, same, sys, zeroed};
+use crate::sys::{Fault, Verdict, ensure, errno, same, sys, zeroed};
 use std::io::{Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::FromRawFd;
+use std::net::{TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::path::Path;
 
@@ -228,6 +228,67 @@ pub fn udp(_: &Room) -> Result<Check, Fault> {
         socket.send_to(b"datagram", address).map_err(|error| error.to_string())?;
         let mut bytes = [0u8; 20];
         same!("length of the datagram", socket.recv(&mut bytes).map_err(|error| error.to_string())?, 8);
+        Ok(())
+    }))
+}
+
+/// Options that images of CRIU have no place for, of a datagram socket and of a listener.
+pub fn socket_options(_: &Room) -> Result<Check, Fault> {
+    let text = |error: std::io::Error| error.to_string();
+    let datagrams = UdpSocket::bind("127.0.0.1:0").map_err(text)?;
+    let six = UdpSocket::bind("[::1]:0").map_err(text)?;
+    let listener = TcpListener::bind("127.0.0.1:0").map_err(text)?;
+    let options = [
+        (datagrams.as_raw_fd(), libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO),
+        (datagrams.as_raw_fd(), libc::SOL_IP, libc::IP_RECVTTL, 1),
+        (datagrams.as_raw_fd(), libc::SOL_IP, libc::IP_MULTICAST_TTL, 7),
+        (datagrams.as_raw_fd(), libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 1),
+        (six.as_raw_fd(), libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS, 9),
+        (six.as_raw_fd(), libc::SOL_IPV6, libc::IPV6_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE),
+        (listener.as_raw_fd(), libc::SOL_TCP, libc::TCP_SYNCNT, 3),
+        (listener.as_raw_fd(), libc::SOL_TCP, libc::TCP_NOTSENT_LOWAT, 4321),
+    ];
+    for (socket, level, name, value) in options {
+        set_option(socket, level, name, value)?;
+    }
+    let reno = b"reno";
+    let socket = listener.as_raw_fd();
+    sys!(setsockopt(socket, libc::SOL_TCP, libc::TCP_CONGESTION, reno.as_ptr().cast(), 4))?;
+    Ok(Box::new(move || {
+        let _ = (&datagrams, &six, &listener);
+        for (socket, level, name, wanted) in options {
+            same!(format!("option {name} of level {level}"), option(socket, level, name)?, wanted);
+        }
+        let (mut name, mut length) = ([0u8; 16], 16);
+        sys!(getsockopt(socket, libc::SOL_TCP, libc::TCP_CONGESTION, name.as_mut_ptr().cast(), &mut length))?;
+        same!("congestion control", &name[..5], b"reno\0");
+        Ok(())
+    }))
+}
+
+/// A datagram that waits to be read.
+pub fn udp_waiting(_: &Room) -> Result<Check, Fault> {
+    let text = |error: std::io::Error| error.to_string();
+    let socket = UdpSocket::bind("127.0.0.1:0").map_err(text)?;
+    let own = socket.local_addr().map_err(text)?;
+    socket.send_to(b"waits", own).map_err(text)?;
+    Ok(Box::new(move || {
+        let mut bytes = [0; 20];
+        let (length, _) = socket.recv_from(&mut bytes).map_err(|error| error.to_string())?;
+        same!("datagram", &bytes[..length], b"waits");
+        socket.send_to(b"waits", own).map(drop).map_err(|error| error.to_string())
+    }))
+}
+
+/// A member of a multicast group.
+pub fn multicast(_: &Room) -> Result<Check, Fault> {
+    let text = |error: std::io::Error| error.to_string();
+    let socket = UdpSocket::bind("0.0.0.0:0").map_err(text)?;
+    let group = std::net::Ipv4Addr::new(239, 1, 2, 3);
+    socket.join_multicast_v4(&group, &std::net::Ipv4Addr::LOCALHOST).map_err(text)?;
+    Ok(Box::new(move || {
+        let again = socket.join_multicast_v4(&group, &std::net::Ipv4Addr::LOCALHOST);
+        ensure!(again.is_err() && errno() == libc::EADDRINUSE, "it is no member any more");
         Ok(())
     }))
 }
