@@ -21,6 +21,7 @@ pub mod kind {
     pub const PAGE_SERVER: u64 = 5;
     pub const NOTIFY: u64 = 6;
     pub const CPUINFO_DUMP: u64 = 7;
+    pub const CPUINFO_CHECK: u64 = 8;
     pub const FEATURE_CHECK: u64 = 9;
     pub const VERSION: u64 = 10;
     pub const WAIT_PID: u64 = 11;

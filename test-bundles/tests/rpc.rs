@@ -79,7 +79,6 @@ fn what_is_missing_is_named() -> Outcome {
     for (request, answer, status, words) in [
         (kind::SINGLE_PRE_DUMP, kind::SINGLE_PRE_DUMP, 255, "pre-dump"),
         (kind::PAGE_SERVER, kind::PAGE_SERVER, 0, "page server"),
-        (kind::CPUINFO_DUMP, kind::CPUINFO_DUMP, 0, "cpuinfo"),
         (kind::WAIT_PID, kind::WAIT_PID, 0, "no such child"),
     ] {
         let (told, _, ended) = Worker::ask(&Message::request(request), |_| true)?;
@@ -90,6 +89,26 @@ fn what_is_missing_is_named() -> Outcome {
     worker.connection().send(&Message::request(kind::DUMP).number(4, 1))?;
     expect("answer to a dump that is to keep open", worker.connection().receive()?, None)?;
     expect("status", worker.end()?, Some(255))
+}
+
+/// What the processor can do is written and compared on one connection.
+#[test]
+fn the_processor_is_compared() -> Outcome {
+    let place = Place::new()?;
+    let folder = Folder::open(&place.folder("images")?)?;
+    let worker = Worker::start()?;
+    let ask = |kind| {
+        worker
+            .connection()
+            .ask(&Message::request(kind).number(4, 1).message(2, &folder.options("cpuinfo.log").number(20, 7)))
+    };
+    let early = ask(kind::CPUINFO_CHECK)?;
+    expect_failure(&early, kind::CPUINFO_CHECK, "cpuinfo.img")?;
+    for kind in [kind::CPUINFO_DUMP, kind::CPUINFO_CHECK] {
+        let answer = ask(kind)?;
+        expect(&answer.reason(), answer.verdict(), (Some(kind), true))?;
+    }
+    expect("status", worker.end()?, Some(0))
 }
 
 /// A request that is wrong, whatever it is, is answered, and leaves the process that it is about alone.

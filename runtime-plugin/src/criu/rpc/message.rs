@@ -136,6 +136,8 @@ pub struct RequestOptions {
     pub link_remap: Option<bool>,
     #[prost(message, repeated, tag = "19")]
     pub veths: Vec<Pair>,
+    #[prost(uint32, optional, tag = "20")]
+    pub cpu_cap: Option<u32>,
     #[prost(string, repeated, tag = "22")]
     pub exec_cmd: Vec<String>,
     #[prost(message, repeated, tag = "23")]

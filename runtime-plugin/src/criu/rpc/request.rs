@@ -205,6 +205,11 @@ fn add_values(words: &mut Words, asked: &RequestOptions) -> Result<(), Failure> 
     if let Some(mode) = cgroup_mode(asked)? {
         words.value("manage-cgroups", mode);
     }
+    if let Some(bits) = asked.cpu_cap {
+        let named = [(1, "fpu"), (2, "cpu"), (4, "ins")].into_iter().filter(|(bit, _)| bits & bit != 0);
+        let names: Vec<&str> = std::iter::once("none").chain(named.map(|(_, name)| name)).collect();
+        words.value("cpu-cap", names.join(","));
+    }
     match asked.empty_ns {
         None | Some(0) => {}
         Some(EMPTY_NETWORK) => words.value("empty-ns", "net"),

@@ -15,7 +15,7 @@ use super::message::{Answer, DumpAnswer, Features, Request, RequestOptions, Requ
 use super::notify::Listener;
 use super::peer::Peer;
 use super::request::{Prepared, prepare};
-use crate::criu::{dump, log, restore, work_dir};
+use crate::criu::{cpuinfo, dump, log, restore, work_dir};
 use crate::failure::Failure;
 use crate::guard::{self, Side, Worker};
 
@@ -95,7 +95,7 @@ impl Session {
                 self.answer_or_fail(RequestType::PageServer, Err(missing("the page server")))
             }
             RequestType::CpuinfoDump | RequestType::CpuinfoCheck => {
-                self.answer_or_fail(kind, Err(missing("saving and comparing what the CPU can do (cpuinfo)")))
+                self.answer_or_fail(kind, self.cpuinfo(kind, &options).map(|()| Answer::to(kind)))
             }
             RequestType::Empty | RequestType::Notify => {
                 let failure =
@@ -207,6 +207,14 @@ impl Session {
             self.open_log(&prepared)?;
         }
         Ok(preflight::check_host()?)
+    }
+
+    fn cpuinfo(&self, kind: RequestType, asked: &RequestOptions) -> Result<(), Failure> {
+        let mut prepared = prepare(kind, asked, &self.peer)?;
+        self.open_log(&prepared)?;
+        let word = if kind == RequestType::CpuinfoDump { "dump" } else { "check" };
+        prepared.options.rest = vec![word.into()];
+        cpuinfo::run(&prepared.options).map(drop)
     }
 
     /// Sends the log into the work folder.
