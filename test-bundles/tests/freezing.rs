@@ -101,6 +101,28 @@ fn frozen_by_hand_is_dumped_and_restored() -> Outcome {
     })
 }
 
+/// A process in a job-control stop, in a cgroup that ferry freezes, and in one frozen by hand.
+#[test]
+fn a_stopped_process_in_a_frozen_cgroup_is_saved() -> Outcome {
+    for_each_design(|place, cgroup| {
+        let mut workload = Workload::start(place, "stopped_child")?;
+        cgroup.enter(workload.pid)?;
+        dump(&mut workload, place, &cgroup, &["--leave-running"])?;
+        workload.ask()?;
+        cgroup.freeze()?;
+        dump(&mut workload, place, &cgroup, &["--leave-running"])?;
+        if !cgroup.is_frozen() {
+            return Err("the cgroup is not left frozen".to_owned());
+        }
+        let tree = processes::tree(workload.pid);
+        let (images, _) = dump(&mut workload, place, &cgroup, &[])?;
+        processes::await_end(&tree)?;
+        Engine::under_test()?.restore(place, &images, &[])?;
+        workload.ask()?;
+        end(workload, cgroup)
+    })
+}
+
 /// A cgroup that is frozen from above is dumped where it is, and stays frozen.
 #[test]
 fn frozen_from_above_stays_frozen() -> Outcome {

@@ -80,6 +80,11 @@ impl Frozen {
         self.was_frozen() || !self.holders.is_empty()
     }
 
+    /// Whether the v1 freezer holds the tasks or some of them: this cgroup's, or one that was found frozen.
+    pub fn is_of_v1(&self) -> bool {
+        self.holders.iter().chain([self.freezer.cgroup()]).any(|cgroup| cgroup.version() == Version::V1)
+    }
+
     /// Whether a cgroup had itself been asked to freeze before this guard came.
     ///
     /// # Errors

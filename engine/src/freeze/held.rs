@@ -58,6 +58,16 @@ impl Held {
         Ok(())
     }
 
+    /// Whether seizing the thread now would not return: `PTRACE_SEIZE` of a thread in a job-control stop waits until that has
+    /// become a ptrace stop (kernel/ptrace.c, ptrace_attach, JOBCTL_TRAPPING), which it cannot while the v1 freezer holds it. Such
+    /// a thread is to be seized after the thaw: it stays stopped.
+    pub fn is_out_of_reach(&self, tid: HostPid) -> bool {
+        let of_v1 = self.is_frozen() && self.cgroup.as_ref().is_some_and(Frozen::is_of_v1);
+        // A task that v1 froze anywhere else does not wait there; the first function may be inlined in the second.
+        let stopped = |wchan: &String| matches!(wchan.as_str(), "do_signal_stop" | "get_signal");
+        of_v1 && std::fs::read_to_string(format!("/proc/{tid}/wchan")).is_ok_and(|wchan| stopped(&wchan))
+    }
+
     /// Seizes and interrupts a thread.
     pub fn seize(&mut self, tid: HostPid) -> nix::Result<()> {
         // Filters must not see the agent's calls. Where ferry itself is filtered the option is refused: then try without.

@@ -118,8 +118,10 @@ impl<'a> Walk<'a> {
             news |= self.stop_threads(pid)?;
             // Its threads may all have ended meanwhile.
             let Some(found) = self.found.get(&pid) else { continue };
+            let out_of_reach =
+                if found.threads.is_empty() { procfs::threads(pid).unwrap_or_default() } else { Vec::new() };
             let mut children = Vec::new();
-            for tid in &found.threads {
+            for tid in found.threads.iter().chain(&out_of_reach) {
                 children.extend(procfs::children(pid, *tid).unwrap_or_default());
             }
             for child in children {
@@ -137,6 +139,10 @@ impl<'a> Walk<'a> {
         self.held.thaw()?;
         for pid in self.order.clone() {
             let threads = self.found.get_mut(&pid).map(|found| std::mem::take(&mut found.threads)).unwrap_or_default();
+            if threads.is_empty() {
+                // The next pass sees to it.
+                continue;
+            }
             let stopped = self.await_each(pid, threads)?;
             if let Some(found) = self.found.get_mut(&pid) {
                 found.threads = stopped;
@@ -188,6 +194,8 @@ impl<'a> Walk<'a> {
         if found.threads.is_empty() && found.zombie.is_none() {
             match Stat::read(pid) {
                 Ok(stat) if stat.state == 'Z' => found.zombie = Some(stat),
+                // All its threads are in a job-control stop.
+                Ok(_) if self.held.is_frozen() => {}
                 _ => self.forget(pid),
             }
         }
@@ -201,6 +209,9 @@ impl<'a> Walk<'a> {
     fn stop_new(&mut self, pid: HostPid, new: &[HostPid]) -> Result<Vec<HostPid>, FreezeError> {
         let mut seized = Vec::with_capacity(new.len());
         for &tid in new {
+            if self.held.is_out_of_reach(tid) {
+                continue;
+            }
             match self.held.seize(tid) {
                 Ok(()) => seized.push(tid),
                 Err(Errno::ESRCH) => {}
