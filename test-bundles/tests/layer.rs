@@ -9,6 +9,7 @@ use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 /// What goes wrong with a file, in words.
 fn told(path: &Path) -> impl Fn(std::io::Error) -> String {
@@ -282,6 +283,19 @@ fn a_failed_restore_leaves_the_root_as_it_was() -> Outcome {
     for point in ["restore-after-first-task", "restore-after-attach", "restore-after-registers"] {
         restore(&container, &["--fault", &format!("{point}=error")], &["fault"])?;
         same(point, &before, &listing(&root)?)?;
+    }
+    for point in ["restore-after-attach", "restore-before-go"] {
+        let mut command = container.command("restore");
+        command.args(["--detach", "--archive", &shown, "--bundle"]).arg(&container.bundle);
+        // No pipes: whoever takes away what is left would hold them until the tasks are reaped, which is ours to do.
+        command.args(["--fault", &format!("{point}=kill")]).arg(&container.id);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.status().map_err(|error| format!("{point}: {error}"))?;
+        processes::wait_for("the janitor to end", || {
+            processes::reap();
+            processes::below().is_empty()
+        })?;
+        same(&format!("killed {point}"), &before, &listing(&root)?)?;
     }
     // One letter of a changed file, which only the archive of changes has.
     let mut bytes = fs::read(&archive).map_err(told(&archive))?;

@@ -86,7 +86,8 @@ impl Changes {
         let change = |source| ApplyError::Change { root: root.to_owned(), source };
         let folder = open(root, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|error| change(error.into()))?;
-        let mut work = Work { changes: self, journal: Journal::new(root, folder), folders: Vec::new() };
+        let mut work =
+            Work { changes: self, journal: Journal::new(root, folder, std::process::id()), folders: Vec::new() };
         match work.run() {
             Ok(()) => Ok(Applied { journal: Some(work.journal) }),
             Err(source) => {
@@ -517,6 +518,12 @@ mod tests {
         assert_eq!(listing(root.path()), before, "dropped");
         changes.apply(root.path()).unwrap().undo().unwrap();
         assert_eq!(listing(root.path()), before, "undone");
+        std::mem::forget(changes.apply(root.path()).unwrap());
+        assert_ne!(listing(root.path()), before);
+        crate::file_tree::take_back(root.path(), std::process::id() + 1).unwrap();
+        assert_ne!(listing(root.path()), before, "another process");
+        crate::file_tree::take_back(root.path(), std::process::id()).unwrap();
+        assert_eq!(listing(root.path()), before, "taken back as if by another process");
         changes.apply(root.path()).unwrap().keep().unwrap();
         let names: Vec<_> =
             listing(root.path()).iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect();

@@ -21,6 +21,7 @@ pub use apply::{Applied, ApplyError, Changes};
 pub use overlay::{Overlay, OverlayChanges, OverlayError};
 pub(crate) use pack::pack;
 pub use tape::Tape;
+pub use undo::take_back;
 pub(crate) use unpack::unpack;
 
 /// The archive member that holds the files that a container has made or changed.

@@ -2,16 +2,20 @@
 //!
 //! What is replaced or deleted is stored in a folder of its own below the root, where renaming can bring it, until the changes are
 //! kept. Only renaming a folder of an overlay's lower layers fails (`EXDEV`): its files are moved one by one then.
+//!
+//! Each step is written into a file of the store before it is taken, so that another process can undo the changes when the one
+//! that made them was killed. When that file goes, the changes are kept.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, fremovexattr, fstat, futimens, mkdirat, openat,
+    AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, fremovexattr, fstat, futimens, mkdirat, open, openat,
     renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
@@ -37,15 +41,84 @@ pub(super) struct Journal {
     steps: Vec<Step>,
     noted: HashSet<PathBuf>,
     store: OsString,
-    stored: bool,
+    /// What the steps are written to; there is no store without it.
+    log: Option<File>,
     moved: usize,
 }
 
+/// The name of the file with the steps, in the store.
+const LOG: &str = "steps";
+
+/// Undoes what `ferry`, a process that was killed, has changed in the folder `root` and not kept.
+///
+/// # Errors
+/// The first problem; everything else is undone.
+pub fn take_back(root: &Path, ferry: u32) -> io::Result<()> {
+    let folder = open(root, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut journal = Journal::new(root, folder, ferry);
+    let store = match journal.open_store() {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => return Ok(()),
+        store => store?,
+    };
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let log = match openat(&store, LOG, flags, Mode::empty()) {
+        Ok(log) => File::from(log),
+        // The changes were being kept.
+        Err(Errno::NOENT) => return std::fs::remove_dir_all(path_of(&journal.folder).join(&journal.store)),
+        Err(error) => return Err(error.into()),
+    };
+    let mut text = Vec::new();
+    (&log).read_to_end(&mut text)?;
+    let fields: Vec<&[u8]> = text.split(|byte| *byte == 0).collect();
+    journal.steps = fields.chunks_exact(3).map_while(|fields| Step::parse(fields[0], fields[1], fields[2])).collect();
+    journal.log = Some(log);
+    journal.undo()
+}
+
+impl Step {
+    /// Three fields, each with a zero byte after it; the last is the path.
+    fn to_bytes(&self) -> Vec<u8> {
+        let (kind, more, path) = match self {
+            Self::Made(path) => ("made", String::new(), path),
+            Self::Moved(path, number) => ("moved", number.to_string(), path),
+            Self::Folder(path, was) => {
+                let time = (was.modified.tv_sec, was.modified.tv_nsec);
+                let was = (was.mode, was.uid, was.gid, time, &was.extended);
+                ("folder", serde_json::to_string(&was).unwrap_or_default(), path)
+            }
+        };
+        [kind.as_bytes(), b"\0", more.as_bytes(), b"\0", path.as_os_str().as_bytes(), b"\0"].concat()
+    }
+
+    fn parse(kind: &[u8], more: &[u8], path: &[u8]) -> Option<Self> {
+        let path = PathBuf::from(OsStr::from_bytes(path));
+        match kind {
+            b"made" => Some(Self::Made(path)),
+            b"moved" => Some(Self::Moved(path, str::from_utf8(more).ok()?.parse().ok()?)),
+            b"folder" => {
+                let (mode, uid, gid, (tv_sec, tv_nsec), extended) = serde_json::from_slice(more).ok()?;
+                let modified = Timespec { tv_sec, tv_nsec };
+                Some(Self::Folder(path, Attributes { mode, uid, gid, modified, extended }))
+            }
+            _ => None,
+        }
+    }
+}
+
 impl Journal {
-    pub(super) fn new(root: &Path, folder: OwnedFd) -> Self {
-        let store = format!(".ferry-restore-{}", std::process::id()).into();
+    /// Of changes that the process `ferry` makes.
+    pub(super) fn new(root: &Path, folder: OwnedFd, ferry: u32) -> Self {
+        let store = format!(".ferry-restore-{ferry}").into();
         let (root, steps, noted) = (root.to_owned(), Vec::new(), HashSet::new());
-        Self { root, folder, steps, noted, store, stored: false, moved: 0 }
+        Self { root, folder, steps, noted, store, log: None, moved: 0 }
+    }
+
+    fn push(&mut self, step: Step) -> io::Result<()> {
+        if let Some(log) = &mut self.log {
+            log.write_all(&step.to_bytes())?;
+        }
+        self.steps.push(step);
+        Ok(())
     }
 
     /// Refuses paths of the store.
@@ -71,14 +144,19 @@ impl Journal {
         }
     }
 
-    /// The folder where things are stored, made when it is first needed.
+    /// The folder where things are stored, made before the first change.
     pub(super) fn store(&mut self) -> io::Result<OwnedFd> {
-        if !self.stored {
-            self.note_folder(Path::new(""))?;
-            mkdirat(&self.folder, &self.store, Mode::RWXU)?;
-            self.stored = true;
+        if self.log.is_some() {
+            return self.open_store();
         }
-        self.open_store()
+        self.note_folder(Path::new(""))?;
+        mkdirat(&self.folder, &self.store, Mode::RWXU)?;
+        let store = self.open_store()?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let log = self.log.insert(File::from(openat(&store, LOG, flags, Mode::RUSR | Mode::WUSR)?));
+        let steps: Vec<u8> = self.steps.iter().flat_map(Step::to_bytes).collect();
+        log.write_all(&steps)?;
+        Ok(store)
     }
 
     fn open_store(&self) -> io::Result<OwnedFd> {
@@ -89,7 +167,7 @@ impl Journal {
     pub(super) fn note_folder(&mut self, path: &Path) -> io::Result<()> {
         if self.noted.insert(path.to_owned()) {
             let folder = open_beneath(self.folder.as_fd(), path, OFlags::RDONLY | OFlags::DIRECTORY)?;
-            self.steps.push(Step::Folder(path.to_owned(), attributes_of(&folder)?));
+            self.push(Step::Folder(path.to_owned(), attributes_of(&folder)?))?;
         }
         Ok(())
     }
@@ -97,9 +175,9 @@ impl Journal {
     /// Says that `path` is about to be made.
     pub(super) fn made(&mut self, path: &Path) -> io::Result<()> {
         self.note_folder(path.parent().unwrap_or(Path::new("")))?;
+        self.store()?;
         self.noted.insert(path.to_owned());
-        self.steps.push(Step::Made(path.to_owned()));
-        Ok(())
+        self.push(Step::Made(path.to_owned()))
     }
 
     /// Stores what is at `path`.
@@ -109,22 +187,26 @@ impl Journal {
         let Some((parent, name)) = self.parent_if_there(path)? else { return Ok(()) };
         let number = self.moved;
         self.moved += 1;
-        self.steps.push(Step::Moved(path.to_owned(), number));
+        self.push(Step::Moved(path.to_owned(), number))?;
         move_tree(&parent, name, &store, number.to_string().as_ref())
     }
 
     /// Makes a folder be as it should, unless it is; further attributes stay.
     pub(super) fn set_folder(&mut self, folder: &OwnedFd, path: &Path, wanted: &Attributes) -> io::Result<()> {
         self.note_folder(path)?;
+        if !is_so(&attributes_of(folder)?, wanted) {
+            self.store()?;
+        }
         set_if_other(folder, wanted)
     }
 
     /// Removes what is stored.
     pub(super) fn keep(self) -> io::Result<()> {
-        if !self.stored {
+        if self.log.is_none() {
             return Ok(());
         }
         let root = attributes_of(&self.folder)?;
+        unlinkat(self.open_store()?, LOG, AtFlags::empty())?;
         std::fs::remove_dir_all(path_of(&self.folder).join(&self.store))?;
         Ok(futimens(&self.folder, &times(root.modified))?)
     }
@@ -139,7 +221,7 @@ impl Journal {
         for step in steps.iter().rev() {
             result = result.and(self.undo_step(step));
         }
-        if std::mem::take(&mut self.stored) {
+        if self.log.take().is_some() {
             result = result.and(std::fs::remove_dir_all(path_of(&self.folder).join(&self.store)));
         }
         for step in of_root.iter().rev() {
@@ -164,7 +246,11 @@ impl Journal {
                 }
             }
             Step::Folder(path, attributes) => {
-                let folder = open_beneath(self.folder.as_fd(), path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+                let folder = match open_beneath(self.folder.as_fd(), path, OFlags::RDONLY | OFlags::DIRECTORY) {
+                    // Somebody else had made it, and has taken it away since.
+                    Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => return Ok(()),
+                    folder => folder?,
+                };
                 take_others(&folder, attributes)?;
                 set_if_other(&folder, attributes)
             }
@@ -191,13 +277,18 @@ fn attributes_of(folder: &OwnedFd) -> io::Result<Attributes> {
     })
 }
 
+fn is_so(found: &Attributes, wanted: &Attributes) -> bool {
+    let time = |of: &Attributes| (of.modified.tv_sec, of.modified.tv_nsec);
+    found.same_but_for_time(wanted) && time(found) == time(wanted)
+}
+
 /// Sets what differs. Attributes that are not wanted stay.
 fn set_if_other(folder: &OwnedFd, wanted: &Attributes) -> io::Result<()> {
     let found = attributes_of(folder)?;
     if !found.same_but_for_time(wanted) {
         wanted.set(folder)?;
     }
-    if (found.modified.tv_sec, found.modified.tv_nsec) != (wanted.modified.tv_sec, wanted.modified.tv_nsec) {
+    if !is_so(&found, wanted) {
         futimens(folder, &times(wanted.modified))?;
     }
     Ok(())

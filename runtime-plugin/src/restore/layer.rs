@@ -1,7 +1,7 @@
 //! What a container had changed of its root file system: from the archive into the bundle's, or back.
 //!
 //! The changes are verified before the engine begins, made when it has found no obstacle, and kept when all of the container is
-//! there again and does not run yet. Until then a failure undoes them.
+//! there again and does not run yet. Until then a failure undoes them, and so does the janitor when ferry is killed.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use ferry_engine::file_tree::{Applied, Changes, DELETED_FILES, ROOTFS_DIFF};
 use ferry_engine::images::{ImageSet, RawRegion};
 use ferry_engine::restore::{RestorePhase, Stage};
 
+use super::remains::Remains;
 use crate::failure::{Failure, sentence_of};
 
 /// The members of an archive that hold changes.
@@ -42,8 +43,9 @@ impl Layer {
     }
 
     /// Makes the changes before the first task is made.
-    pub fn at_phase(&self, phase: RestorePhase) -> Result<(), String> {
+    pub fn at_phase(&self, phase: RestorePhase, remains: &Remains) -> Result<(), String> {
         if let (RestorePhase::FirstTask, Some(changes)) = (phase, &self.changes) {
+            remains.layer().map_err(|error| sentence_of(&error))?;
             let applied = changes
                 .apply(&self.rootfs)
                 .map_err(|error| format!("{}; --ignore-rootfs leaves these changes out", sentence_of(&error)))?;

@@ -57,7 +57,7 @@ pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(),
             done.map_err(|failure| failure.to_string())?;
             layer.at_stage(stage)
         })),
-        progress: Some(Box::new(|phase| layer.at_phase(phase))),
+        progress: Some(Box::new(|phase| layer.at_phase(phase, plan.remains))),
         names: Some(plan.remains.janitor().journal()),
         inherited: stdio_from_here(&stdio)?,
         terminal: crate::own_terminal::own_terminal(plan.args.shell_job)?,

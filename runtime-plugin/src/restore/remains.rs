@@ -5,8 +5,9 @@
 use std::cell::Cell;
 use std::collections::HashSet;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use ferry_engine::file_tree::take_back;
 use ferry_hooks::{Hooks, State, Status};
 
 use super::RestoreArgs;
@@ -18,8 +19,10 @@ use crate::logs;
 
 /// The janitor is told this before the cgroup is made …
 const CGROUP: u64 = 1;
-/// … and this before hooks are run.
+/// … and this before hooks are run …
 const HOOKS: u64 = 2;
+/// … and this before the root file system is changed.
+const LAYER: u64 = 3;
 
 /// The steps of a restore that leave something.
 pub struct Remains {
@@ -50,8 +53,13 @@ impl Remains {
         };
         let (cgroup, parents, hooks) = (cgroup.clone(), cgroup.claim()?, hooks.clone());
         let (after, stopped) = (hooks.clone(), state.clone());
+        let rootfs = bundle.spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+        let ferry = std::process::id();
         let janitor = Janitor::hire(move |steps| {
             remove_cgroup(steps, &cgroup, &parents);
+            if steps.contains(&LAYER) {
+                take_back_changes(&rootfs, ferry);
+            }
             let ran = steps.contains(&HOOKS);
             move || {
                 if ran {
@@ -74,6 +82,14 @@ impl Remains {
     /// When the janitor cannot be told.
     pub fn cgroup(&self) -> io::Result<()> {
         self.janitor.step(CGROUP)
+    }
+
+    /// The root file system is about to be changed.
+    ///
+    /// # Errors
+    /// When the janitor cannot be told.
+    pub fn layer(&self) -> io::Result<()> {
+        self.janitor.step(LAYER)
     }
 
     /// Runs the hooks that runc runs for a restore too, with the container's first process.
@@ -101,6 +117,12 @@ fn remove_cgroup(steps: &HashSet<u64>, cgroup: &ContainerCgroup, parents: &[Path
         && let Err(error) = cgroup.kill().and_then(|()| cgroup.remove(parents))
     {
         tracing::warn!(error = &error as &dyn std::error::Error, "the cgroup of the killed restore stays");
+    }
+}
+
+fn take_back_changes(rootfs: &Path, ferry: u32) {
+    if let Err(error) = take_back(rootfs, ferry) {
+        tracing::warn!(%error, "changes of the root file system by the killed restore stay");
     }
 }
 
