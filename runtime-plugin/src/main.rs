@@ -32,8 +32,8 @@ mod lifecycle;
 #[cfg_attr(not(feature = "oci"), allow(dead_code, reason = "only the OCI face installs a logger"))]
 mod logs;
 mod obstacles;
-mod pid_file;
 mod own_terminal;
+mod pid_file;
 #[cfg(feature = "oci")]
 mod process;
 #[cfg(feature = "oci")]

@@ -48,7 +48,6 @@ const WORKLOADS: &[&str] = &[
     "devices",
     "terminal",
     "terminal_settings",
-    "terminal_controlling",
 ];
 
 /// Workloads that together fill every kind of image; crit takes a while for each.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 /// A shell in a container with a console, run by this runtime, is checkpointed and restored twice, each time to another console
 /// socket. It goes on with its variables, its terminal's settings and size, and ^C ends the job in the foreground.
-fn console(runtime: PathBuf) -> Outcome {
+fn console(runtime: PathBuf, options: &[&str]) -> Outcome {
     let place = Place::new()?;
     let mut bundle = Bundle::new(&place, &["sh"])?;
     bundle.config["process"]["terminal"] = true.into();
@@ -21,7 +21,8 @@ fn console(runtime: PathBuf) -> Outcome {
     terminal.set_size((33, 99))?;
     terminal.enter("value=41; stty -echo\n")?;
     let images = place.folder("images")?;
-    let images = ["--image-path", &*images.to_string_lossy()];
+    let images = images.to_string_lossy();
+    let images = [&["--image-path", &*images], options].concat();
     for round in 1..=2 {
         let told = |error: String| format!("round {round}: {error}");
         // The prompt tells that the shell waits; what has been printed by then is not the container's any more.
@@ -52,7 +53,13 @@ fn console(runtime: PathBuf) -> Outcome {
 
 #[test]
 fn a_console_comes_back_to_a_new_socket() -> Outcome {
-    console(programs::runtime()?)
+    console(programs::runtime()?, &[])
+}
+
+/// The same with runc, whose `criu` is ferry: the master goes to it by the notification for terminals without one.
+#[test]
+fn a_console_of_runc_comes_back_to_a_new_socket() -> Outcome {
+    console(programs::installed("runc")?, &["--shell-job"])
 }
 
 /// A job of an interactive shell is dumped, and restored as the job of another shell in another terminal.
