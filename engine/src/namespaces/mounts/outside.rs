@@ -85,7 +85,7 @@ mod tests {
 
     fn own() -> Vec<Record> {
         let list = [(1, 0, 1, "/", "/", "ext4"), (2, 1, 9, "/", "/data", "xfs"), (3, 1, 7, "/x", "/hidden", "xfs")];
-        let mut own = records(&[&list[..], &[(4, 1, 6, "/", "/hidden", "tmpfs")]].concat());
+        let mut own = records(&[&list[..], &[(4, 3, 6, "/", "/hidden", "tmpfs")]].concat());
         own[1].mount.shared = Some(5);
         own
     }
