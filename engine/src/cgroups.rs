@@ -11,6 +11,7 @@ mod image;
 
 use std::path::PathBuf;
 
+use ferry_cgroup::tree::HierarchyTree;
 use ferry_cgroup::{
     CgroupTree, Frozen, Hierarchies, HierarchyError, Mode, OWN_SET, RestoredCgroups, SaveError, SetTable,
 };
@@ -33,6 +34,8 @@ pub struct CgroupOptions {
     pub controllers: Vec<String>,
     /// A folder with a mount of every hierarchy, instead of those of the host.
     pub yard: Option<PathBuf>,
+    /// At a restore: `roots` are all that there may be. A hierarchy without one is left out, and nothing may lie elsewhere.
+    pub confined: bool,
 }
 
 impl CgroupOptions {
@@ -44,7 +47,7 @@ impl CgroupOptions {
 impl Default for CgroupOptions {
     /// Cgroups are not managed.
     fn default() -> Self {
-        Self { mode: Mode::Ignore, roots: Vec::new(), controllers: Vec::new(), yard: None }
+        Self { mode: Mode::Ignore, roots: Vec::new(), controllers: Vec::new(), yard: None, confined: false }
     }
 }
 
@@ -134,6 +137,9 @@ impl CgroupPlan {
             plan.tree = image::tree(&entry).map_err(|problem| RestoreError::Inconsistent { name, problem })?;
         }
         let controllers: Vec<Vec<String>> = plan.tree.hierarchies.iter().map(|one| one.controllers.clone()).collect();
+        if options.confined {
+            leave_out_foreign(&mut plan.tree, options);
+        }
         for names in controllers {
             let of = |wanted: &Option<String>| wanted.as_ref().is_some_and(|wanted| names.contains(wanted));
             let root = options.roots.iter().find(|(wanted, _)| of(wanted));
@@ -141,6 +147,12 @@ impl CgroupPlan {
             if let Some((_, root)) = root {
                 plan.tree.change_root(names.first().map(String::as_str), root);
             }
+        }
+        if options.confined
+            && let Some(head) = outside_of_roots(&plan.tree, options)
+        {
+            let problem = format!("it has cgroups at /{head}, and only the container's own may be made");
+            return Err(RestoreError::Inconsistent { name: Kind::Cgroup.name(), problem });
         }
         Ok(plan)
     }
@@ -159,6 +171,38 @@ impl CgroupPlan {
         let restored = self.tree.restore_within(self.options.mode, hierarchies)?;
         Ok(Cgroups { restored, managed: !self.is_empty(), own: self.own })
     }
+}
+
+/// Whether a root is given for the hierarchy.
+fn has_root(saved: &HierarchyTree, options: &CgroupOptions) -> bool {
+    options.roots.iter().any(|(wanted, _)| wanted.as_ref().is_none_or(|wanted| saved.controllers.contains(wanted)))
+}
+
+/// Leaves out hierarchies without a root in which the tasks had one cgroup alone: whoever restores has put them into another.
+fn leave_out_foreign(tree: &mut CgroupTree, options: &CgroupOptions) {
+    let goes = |saved: &HierarchyTree| {
+        !has_root(saved, options) && saved.heads.iter().all(|head| head.children.is_empty()) && saved.heads.len() < 2
+    };
+    let names: Vec<String> = tree.hierarchies.iter().filter(|saved| goes(saved)).map(HierarchyTree::name).collect();
+    tree.hierarchies.retain(|saved| !names.contains(&saved.name()));
+    tree.sets.iter_mut().for_each(|set| set.members.retain(|member| !names.contains(&member.hierarchy)));
+}
+
+/// A topmost directory that is neither a root nor below one.
+fn outside_of_roots<'a>(tree: &'a CgroupTree, options: &CgroupOptions) -> Option<&'a str> {
+    let within = |saved: &HierarchyTree, path: &str| {
+        options.roots.iter().any(|(wanted, root)| {
+            wanted.as_ref().is_none_or(|wanted| saved.controllers.contains(wanted))
+                && path
+                    .strip_prefix(root.trim_start_matches('/'))
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
+    };
+    let heads = tree.hierarchies.iter().flat_map(|saved| saved.heads.iter().map(move |head| (saved, head)));
+    heads
+        .map(|(saved, head)| (saved, head.name.as_str()))
+        .find(|(saved, name)| !within(saved, name))
+        .map(|(_, name)| name)
 }
 
 /// Cgroups that tasks are put into. Dropped before [`Self::keep`], those that were made are removed, once they are empty.
@@ -234,5 +278,54 @@ impl Cgroups {
         let set = of_thread.or_else(|| core.tc.as_ref().and_then(|process| process.cg_set));
         // A zombie has none.
         set.filter(|set| self.managed && *set != 0).map(|set| if set == self.own { OWN_SET } else { set })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ferry_cgroup::tree::{Directory, Member, TaskSet};
+
+    fn hierarchy(name: &str, heads: &[(&str, usize)]) -> HierarchyTree {
+        let directory =
+            |name: &str, children| Directory { name: name.into(), permissions: None, properties: Vec::new(), children };
+        let head =
+            |(name, below): &(&str, usize)| directory(name, (0..*below).map(|_| directory("x", Vec::new())).collect());
+        HierarchyTree { controllers: vec![name.into()], heads: heads.iter().map(head).collect(), threaded: true }
+    }
+
+    fn tree(hierarchies: Vec<HierarchyTree>) -> CgroupTree {
+        let member =
+            |saved: &HierarchyTree| Member { hierarchy: saved.name(), path: "/old".into(), namespace_prefix: 0 };
+        CgroupTree { sets: vec![TaskSet { id: 2, members: hierarchies.iter().map(member).collect() }], hierarchies }
+    }
+
+    fn confined() -> CgroupOptions {
+        let roots = vec![(Some("pids".to_owned()), "/new".to_owned())];
+        CgroupOptions { mode: Mode::Soft, roots, confined: true, ..CgroupOptions::default() }
+    }
+
+    #[test]
+    fn hierarchies_without_a_root_are_left_out_unless_something_would_be_lost() {
+        let mut tree =
+            tree(vec![hierarchy("pids", &[("old", 1)]), hierarchy("cpu", &[("old", 0)]), hierarchy("", &[("old", 1)])]);
+        leave_out_foreign(&mut tree, &confined());
+        let names: Vec<String> = tree.hierarchies.iter().map(HierarchyTree::name).collect();
+        assert_eq!(names, ["pids", ""]);
+        assert_eq!(tree.sets[0].members.len(), 2);
+        tree.change_root(Some("pids"), "/new");
+        assert_eq!(outside_of_roots(&tree, &confined()), Some("old"), "of v2, where there is none");
+    }
+
+    #[test]
+    fn an_image_cannot_name_cgroups_elsewhere() {
+        let outside = |heads: &[(&str, usize)]| {
+            let mut tree = tree(vec![hierarchy("pids", heads)]);
+            tree.change_root(Some("pids"), "/new");
+            outside_of_roots(&tree, &confined()).map(str::to_owned)
+        };
+        assert_eq!(outside(&[("old", 1)]), None);
+        assert_eq!(outside(&[("old", 1), ("system.slice", 0)]).as_deref(), Some("system.slice"));
+        assert_eq!(outside(&[("newer", 0)]).as_deref(), Some("newer"));
     }
 }

@@ -11,7 +11,8 @@ use std::path::{Component, Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ferry_cgroup::{Cgroup, FreezeError, Freezer, Hierarchies, HierarchyError, State};
+use ferry_cgroup::{Cgroup, FreezeError, Freezer, Hierarchies, HierarchyError, Mode, State};
+use ferry_engine::cgroups::CgroupOptions;
 use libcgroups::common::{
     AnyCgroupManager, CgroupConfig, CgroupManager, CgroupSetup, ControllerOpt, DEFAULT_CGROUP_ROOT,
 };
@@ -19,6 +20,7 @@ use libcgroups::v1::util::{V1MountPointError, list_supported_mount_points};
 use libcontainer::oci_spec::runtime::{LinuxResources, Spec};
 use nix_029::unistd::Pid;
 
+use crate::checkpoint::CgroupsMode;
 use crate::signals::SignalNumber;
 
 /// How long processes that were killed may take to leave their cgroup.
@@ -199,6 +201,27 @@ impl ContainerCgroup {
     /// need not exist.
     pub fn directories(&self) -> &BTreeMap<String, PathBuf> {
         &self.directories
+    }
+
+    /// How its cgroups are saved, or restored as this container's: `mode` says what becomes of those that it has below its own,
+    /// and of properties.
+    ///
+    /// # Errors
+    /// When the hierarchies cannot be read.
+    pub fn options(&self, mode: Option<CgroupsMode>) -> Result<CgroupOptions> {
+        let hierarchies = Hierarchies::detect()?;
+        let root = |(controller, directory): (&String, &PathBuf)| {
+            let (_, cgroup) = hierarchies.at_directory(directory)?;
+            Some((Some(controller.clone()), cgroup.path().to_owned()))
+        };
+        let mode = match mode {
+            None | Some(CgroupsMode::Soft) => Mode::Soft,
+            Some(CgroupsMode::Full) => Mode::Full,
+            Some(CgroupsMode::Strict) => Mode::Strict,
+            Some(CgroupsMode::Ignore) => Mode::Ignore,
+        };
+        let roots = self.directories.iter().filter_map(root).collect();
+        Ok(CgroupOptions { mode, roots, confined: true, ..CgroupOptions::default() })
     }
 
     /// What libcontainer needs to know to put a process in.

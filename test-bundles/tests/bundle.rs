@@ -88,6 +88,54 @@ fn leave_running() -> Outcome {
     container.end()
 }
 
+/// A process of the container that is in a cgroup below the container's is there again, and the cgroup is as it was.
+fn cgroups_below() -> Outcome {
+    let place = Place::new()?;
+    let (bundle, talk) = workload_bundle(&place, "prefork")?;
+    let container = Container::run(&place, &bundle)?;
+    talk.await_ready()?;
+    let (pid, member) = (container.pid()?, processes::tree(container.pid()?)[1]);
+    let told = |error: std::io::Error| error.to_string();
+    let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(told)?;
+    let of = |controller: &str| {
+        cgroups.lines().find_map(|line| line.split_once(':')?.1.strip_prefix(controller)?.strip_prefix(':'))
+    };
+    // Version 1 where it is in use, else version 2.
+    let (below, property) = match of("pids") {
+        Some(path) => (format!("/sys/fs/cgroup/pids{path}/below"), "pids.max"),
+        None => (format!("/sys/fs/cgroup{}/below", of("").unwrap_or_default()), "cgroup.max.descendants"),
+    };
+    let below = Path::new(&below);
+    std::fs::create_dir(below).map_err(|error| format!("{}: {error}", below.display()))?;
+    std::fs::write(below.join(property), "77").map_err(told)?;
+    std::fs::write(below.join("cgroup.procs"), member.to_string()).map_err(told)?;
+    let is_there = |round: &str| -> Outcome {
+        let member = processes::tree(container.pid()?)[1].to_string();
+        let read = |name: &str| std::fs::read_to_string(below.join(name)).map_err(|error| format!("{name}: {error}"));
+        if read(property)?.trim() != "77" || !read("cgroup.procs")?.lines().any(|pid| pid == member) {
+            return Err(format!(
+                "{round}: {property} is {:?}, not 77, or {member} is not in the cgroup",
+                read(property)?
+            ));
+        }
+        Ok(())
+    };
+    is_there("before")?;
+    for round in ["first", "second"] {
+        container.checkpoint(&[])?;
+        container.restore(&[])?;
+        talk.ask()?;
+        is_there(round)?;
+    }
+    container.checkpoint(&[])?;
+    container.restore(&["--manage-cgroups-mode", "ignore"])?;
+    talk.ask()?;
+    if below.exists() {
+        return Err("the mode ignore makes cgroups".into());
+    }
+    container.end()
+}
+
 /// What the shell inside has written so far, one number a line.
 fn counted(file: &Path) -> Outcome<Vec<u64>> {
     let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
@@ -304,9 +352,10 @@ type Alone = (&'static str, fn() -> Outcome);
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let alone: [Alone; 8] = [
+    let alone: [Alone; 9] = [
         ("names_are_workloads", names_are_workloads),
         ("leave_running", leave_running),
+        ("cgroups_below", cgroups_below),
         ("twenty_cycles", twenty_cycles),
         ("lifecycle", lifecycle),
         ("lifecycle_after_restore", lifecycle_after_restore),

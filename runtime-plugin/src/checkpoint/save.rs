@@ -52,6 +52,7 @@ pub fn options(container: &Container, spec: &Spec, args: &CheckpointArgs) -> Res
         after: if args.leave_running { After::Run } else { After::Kill },
         shell_job: args.shell_job,
         freezer: Some(container.cgroup.freezer()?),
+        cgroups: container.cgroup.options(args.manage_cgroups_mode)?,
         faults: Faults::new(args.fault.iter().copied()),
         ..DumpOptions::default()
     };

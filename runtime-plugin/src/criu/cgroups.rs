@@ -18,6 +18,7 @@ pub fn options(options: &Options) -> Result<CgroupOptions, Failure> {
         roots,
         controllers: options.cgroup_dump_controller.clone(),
         yard: options.cgroup_yard.clone(),
+        confined: false,
     })
 }
 

@@ -48,6 +48,7 @@ pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(),
             plan.cgroup.add(root.0).map_err(|error| format!("cannot put it into the container's cgroup: {error}"))
         })),
         namespaces,
+        cgroups: plan.cgroup.options(plan.args.manage_cgroups_mode)?,
         notify: Some(Box::new(|stage, root| {
             let done = match stage {
                 Stage::SetupNamespaces => plan.remains.run_hooks(root.0),
