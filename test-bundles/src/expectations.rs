@@ -19,6 +19,7 @@ pub const REFUSED: &[(&str, &str)] = &[
     ("file_lock", "lock"),
     ("userfaultfd", "userfaultfd"),
     ("system_v_memory", "system v"),
+    ("mdwe", "pr_set_mdwe"),
     ("several_unsupported", "inotify"),
 ];
 

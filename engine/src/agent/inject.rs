@@ -251,7 +251,11 @@ impl<'a> Injected<'a> {
         let protection = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64;
         let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
         let arguments = [0, len, protection, flags, u64::MAX, 0];
-        let start = call_parked(leader.tid, self.syscall_at, libc::SYS_mmap, arguments)?;
+        let tid = leader.tid;
+        let start = call_parked(tid, self.syscall_at, libc::SYS_mmap, arguments).map_err(|error| match error {
+            AgentError::Call { errno: Errno::EACCES | Errno::EPERM, .. } => AgentError::MemoryDenied { tid },
+            error => error,
+        })?;
         self.mapped = Some(start..start + len);
         if let Some((journal, note)) = self.overseer.journal.zip(self.note) {
             journal.mapped(note, start);

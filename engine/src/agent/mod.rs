@@ -44,6 +44,15 @@ pub enum AgentError {
         /// The kernel's answer.
         errno: Errno,
     },
+    /// The task may not have memory that is writable and executable, which the runner lies in (Linux 6.3).
+    #[error(
+        "task {tid}: memory that is writable and executable is forbidden to it (PR_SET_MDWE, or a security module), and \
+         ferry works in a task from such memory: start the program without that (in systemd, MemoryDenyWriteExecute=no)"
+    )]
+    MemoryDenied {
+        /// The task.
+        tid: HostPid,
+    },
     /// The task has no executable memory with a `syscall` instruction.
     #[error("task {tid}: found no system call instruction in its executable memory, not even in the vdso")]
     NoSyscallInstruction {

@@ -97,6 +97,16 @@ fn system_v_memory(_: &Room) -> Result<Check, Fault> {
     Ok(Box::new(move || crate::memory::holds("the segment", address, b"segment")))
 }
 
+fn mdwe(_: &Room) -> Result<Check, Fault> {
+    const PR_SET_MDWE: i32 = 65;
+    const PR_GET_MDWE: i32 = 66;
+    sys!(prctl(PR_SET_MDWE, 1, 0, 0, 0))?;
+    Ok(Box::new(|| {
+        same!("PR_GET_MDWE", sys!(prctl(PR_GET_MDWE, 0, 0, 0, 0))?, 1);
+        Ok(())
+    }))
+}
+
 /// Three kinds at once, one of them in a child.
 fn several_unsupported(room: &Room) -> Result<Check, Fault> {
     let child = room.child("child", inotify)?;
@@ -124,5 +134,6 @@ pub const WORKLOADS: &[Workload] = &[
     row("file_lock", file_lock),
     row("userfaultfd", userfaultfd),
     row("system_v_memory", system_v_memory),
+    row("mdwe", mdwe),
     row("several_unsupported", several_unsupported),
 ];
