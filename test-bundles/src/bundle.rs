@@ -1,6 +1,7 @@
 //! OCI bundles made for tests: a root file system of few programs with their libraries, and a `config.json` as `runc spec`
 //! writes it, less the terminal.
 
+use crate::workload::Talk;
 use crate::{Outcome, Place, capabilities, programs};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -32,6 +33,18 @@ impl Bundle {
                 .map_err(|error| format!("{name}: {error}"))?;
         }
         Ok(bundle)
+    }
+
+    /// A bundle whose first process is a workload, `/bin/workload` beside busybox, and the folder to talk with it, which is `/work`
+    /// inside.
+    pub fn of_workload(place: &Place, name: &str) -> Outcome<(Self, Talk)> {
+        let (program, work) = (programs::workload()?, place.folder("work")?);
+        let mut bundle = Self::new(place, &["/bin/workload", name, "/work"])?;
+        bundle.add_program(&program)?;
+        let inside = bundle.root("bin/workload");
+        std::fs::copy(&program, &inside).map_err(|error| format!("{}: {error}", inside.display()))?;
+        bundle.bind(&work, "/work", &["rw"]);
+        Ok((bundle, Talk::new(work)))
     }
 
     /// A path in the root file system, from outside.

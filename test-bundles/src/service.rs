@@ -1,7 +1,7 @@
 //! The workload `service` in a container of some client: what it is started with, and whether it still is what it was.
 
 use crate::workload::Talk;
-use crate::{Bundle, Outcome, Place, programs};
+use crate::{Bundle, Outcome, Place};
 use std::path::PathBuf;
 
 /// Where the service, and whoever asks it, has its folder inside the container.
@@ -23,13 +23,7 @@ impl Service {
 
     /// A bundle whose root file system holds the workload program beside busybox, and whose first process is the service.
     pub fn bundle(&self, place: &Place) -> Outcome<Bundle> {
-        let program = programs::workload()?;
-        let mut bundle = Bundle::new(place, &Self::words("service"))?;
-        bundle.add_program(&program)?;
-        let inside = bundle.root("bin/workload");
-        std::fs::copy(&program, &inside).map_err(|error| format!("{}: {error}", inside.display()))?;
-        bundle.bind(&self.folder, INSIDE, &["rw"]);
-        Ok(bundle)
+        Bundle::of_workload(place, "service").map(|(bundle, _)| bundle)
     }
 
     /// The command line of a workload inside.

@@ -1,6 +1,6 @@
 //! What would keep a dump from succeeding, asked without a dump: `ferry criu check --pid`, `ferry checkpoint --check`.
 
-use ferry_test_bundles::workload::{self, Talk};
+use ferry_test_bundles::workload;
 use ferry_test_bundles::{Bundle, Container, Outcome, Place, Workload, expectations, processes, programs};
 use std::process::{Command, Output};
 
@@ -52,12 +52,7 @@ fn a_process_tree_is_checked() -> Outcome {
 #[test]
 fn a_container_is_checked() -> Outcome {
     let place = Place::new()?;
-    let (program, work) = (programs::workload()?, place.folder("work")?);
-    let mut bundle = Bundle::new(&place, &["/bin/workload", "prefork", "/work"])?;
-    bundle.add_program(&program)?;
-    std::fs::copy(&program, bundle.root("bin/workload")).map_err(|error| format!("workload: {error}"))?;
-    bundle.bind(&work, "/work", &["rw"]);
-    let talk = Talk::new(work);
+    let (bundle, talk) = Bundle::of_workload(&place, "prefork")?;
     let container = Container::run(&place, &bundle)?;
     talk.await_ready()?;
     says(&container.try_verb("checkpoint", &["--check"])?, 0, &["can be checkpointed"])?;

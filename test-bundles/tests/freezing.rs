@@ -2,8 +2,7 @@
 //! sake, vfork(2).
 
 use ferry_test_bundles::cgroup::{Cgroup, Design};
-use ferry_test_bundles::workload::Talk;
-use ferry_test_bundles::{Bundle, Container, Engine, Outcome, Place, Workload, processes, programs};
+use ferry_test_bundles::{Bundle, Container, Engine, Outcome, Place, Workload, processes};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -265,22 +264,11 @@ fn a_child_of_vfork_that_stays_is_named() -> Outcome {
     })
 }
 
-/// A bundle that runs a workload, and the folder to talk with it.
-fn bundle(place: &Place, name: &str) -> Outcome<(Bundle, Talk)> {
-    let (program, work) = (programs::workload()?, place.folder("work")?);
-    let mut bundle = Bundle::new(place, &["/bin/workload", name, "/work"])?;
-    bundle.add_program(&program)?;
-    let inside = bundle.root("bin/workload");
-    std::fs::copy(&program, &inside).map_err(|error| format!("{}: {error}", inside.display()))?;
-    bundle.bind(&work, "/work", &["rw"]);
-    Ok((bundle, Talk::new(work)))
-}
-
 /// A paused container is checkpointed as it stands and stays paused; once checkpointed for good, it is restored running.
 #[test]
 fn a_paused_container_stays_paused() -> Outcome {
     let place = Place::new()?;
-    let (bundle, talk) = bundle(&place, "spinning")?;
+    let (bundle, talk) = Bundle::of_workload(&place, "spinning")?;
     let container = Container::run(&place, &bundle)?;
     talk.await_ready()?;
     let images = place.folder("images")?.to_string_lossy().into_owned();
@@ -318,7 +306,7 @@ fn a_paused_container_stays_paused() -> Outcome {
 #[test]
 fn a_command_started_from_outside_is_refused() -> Outcome {
     let place = Place::new()?;
-    let (bundle, talk) = bundle(&place, "spinning")?;
+    let (bundle, talk) = Bundle::of_workload(&place, "spinning")?;
     let container = Container::run(&place, &bundle)?;
     talk.await_ready()?;
     let mut command = container.command("exec");
@@ -350,7 +338,7 @@ const DUMPS: usize = 10;
 fn a_fork_bomb_is_dumped_again_and_again() -> Outcome {
     let dumps = std::env::var("FERRY_FORK_BOMB_DUMPS").ok().and_then(|text| text.parse().ok()).unwrap_or(DUMPS);
     let place = Place::new()?;
-    let (mut bundle, talk) = bundle(&place, "fork_bomb")?;
+    let (mut bundle, talk) = Bundle::of_workload(&place, "fork_bomb")?;
     bundle.config["linux"]["resources"]["pids"] = serde_json::json!({"limit": 48});
     let container = Container::run(&place, &bundle)?;
     talk.await_ready()?;

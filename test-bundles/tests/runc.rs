@@ -1,20 +1,13 @@
 //! Containers that runc owns: ferry checkpoints them in place and restores them as its own.
 
-use ferry_test_bundles::workload::Talk;
 use ferry_test_bundles::{Bundle, Container, Outcome, Place, processes, programs};
 
 /// `runc run -d`, `ferry checkpoint`, `ferry restore`, `ferry exec`; runc does not know the container any more.
 #[test]
 fn runc_container_becomes_ferrys() -> Outcome {
     let (place, runc) = (Place::new()?, programs::installed("runc")?);
-    let work = place.folder("work")?;
-    let mut bundle = Bundle::new(&place, &["/bin/workload", "prefork", "/work"])?;
-    let program = programs::workload()?;
-    bundle.add_program(&program)?;
-    std::fs::copy(&program, bundle.root("bin/workload")).map_err(|error| format!("workload: {error}"))?;
-    bundle.bind(&work, "/work", &["rw"]);
+    let (bundle, talk) = Bundle::of_workload(&place, "prefork")?;
     let of_runc = Container::run_with(&place, &bundle, runc)?;
-    let talk = Talk::new(work);
     talk.await_ready()?;
     talk.ask()?;
     let tree = processes::tree(of_runc.pid()?);
