@@ -19,7 +19,7 @@ use tracing::{debug, info, info_span};
 
 use crate::agent::{AgentError, NODE};
 use crate::cancel::Cancel;
-use crate::cgroups::CgroupOptions;
+use crate::cgroups::{CgroupOptions, CgroupSets};
 use crate::error::{Refusal, Refusals};
 use crate::fault::{DumpStep, Edge, Faults, Interrupted, Point};
 use crate::files::FilesOptions;
@@ -278,7 +278,7 @@ pub fn dump_telling(
     // Before what is stopped, so that it is dropped after it.
     let mut listening = Listening::new(listener, root);
     listening.reached(DumpStage::PreDump)?;
-    let (reader, surroundings) = enter(DumpPhase::Preflight, &options, || {
+    let (reader, surroundings, cgroups) = enter(DumpPhase::Preflight, &options, || {
         let outlook = preflight::look(root, &options)?;
         if !listening.names_external() {
             refuse(outlook.refusals)?;
@@ -286,7 +286,7 @@ pub fn dump_telling(
         let runs_on = options.after == After::Run;
         let room = if runs_on { Staging::prepare(outlook.memory, options.staging) } else { Staging::default() };
         let reader = PageReader::start(room).map_err(DumpError::read(root, "memory"))?;
-        Ok((reader, outlook.surroundings))
+        Ok((reader, outlook.surroundings, CgroupSets::new(&options.cgroups)?))
     })?;
     let start = Instant::now();
     let mut stopped = enter(DumpPhase::Freeze, &options, || Ok(StoppedTree::stop(root, &options, &surroundings)?))?;
@@ -300,7 +300,7 @@ pub fn dump_telling(
             step: "have the kernel watch over the agents",
             errno,
         })?;
-        collect::collect_tree(&mut stopped, options, &mut list, reader)
+        collect::collect_tree(&mut stopped, options, &mut list, reader, cgroups)
     })?;
     enter(DumpPhase::Recheck, options, || refuse(std::mem::take(&mut state.refusals)))?;
     listening.stopped(sink)?;

@@ -72,7 +72,7 @@ pub fn sentence_of(error: &dyn Error) -> String {
         source = cause.source();
     }
     // A log line and a terminal line both hold exactly one sentence.
-    sentence.replace('\n', " ").trim_end().to_owned()
+    sentence.trim_end().replace('\n', "; ")
 }
 
 /// What a command ends with.

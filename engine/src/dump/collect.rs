@@ -105,6 +105,7 @@ pub fn collect_tree(
     options: &DumpOptions,
     list: &mut RobustList,
     reader: PageReader,
+    mut cgroups: CgroupSets,
 ) -> Result<TreeState, DumpError> {
     let root = tree.root().pid;
     // First of all, since the pages are read meanwhile.
@@ -131,7 +132,6 @@ pub fn collect_tree(
     let files = FilesCollector::new(root, options.files.clone()).map_err(DumpError::read(root, "mounts"))?;
     let mut collector =
         Collector { files, shared: SharedObjects::default(), filters: FilterTable::default(), refusals, list, options };
-    let mut cgroups = CgroupSets::new(&options.cgroups)?;
     let mut processes: Vec<ProcessState> = Vec::with_capacity(tasks.len());
     for (index, ((task, ids), process)) in tasks.into_iter().zip(all_ids).zip(&mut tree.processes).enumerate() {
         collector.files.add_job(&task, &process.stat, &ids);
