@@ -280,23 +280,20 @@ fn a_failed_restore_leaves_the_root_as_it_was() -> Outcome {
             .arg(&container.id);
         refusal(&mut command, expected)
     };
-    for point in ["restore-after-first-task", "restore-after-attach", "restore-after-registers"] {
+    for point in ["restore-after-first-task", "restore-after-registers"] {
         restore(&container, &["--fault", &format!("{point}=error")], &["fault"])?;
         same(point, &before, &listing(&root)?)?;
     }
-    for point in ["restore-after-attach", "restore-before-go"] {
-        let mut command = container.command("restore");
-        command.args(["--detach", "--archive", &shown, "--bundle"]).arg(&container.bundle);
-        // No pipes: whoever takes away what is left would hold them until the tasks are reaped, which is ours to do.
-        command.args(["--fault", &format!("{point}=kill")]).arg(&container.id);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        command.status().map_err(|error| format!("{point}: {error}"))?;
-        processes::wait_for("the janitor to end", || {
-            processes::reap();
-            processes::below().is_empty()
-        })?;
-        same(&format!("killed {point}"), &before, &listing(&root)?)?;
-    }
+    let mut killed = container.command("restore");
+    killed.args(["--detach", "--fault", "restore-before-go=kill", "--archive", &shown, "--bundle"]);
+    // No pipes: whoever takes away what is left would hold them until the tasks are reaped, which is ours to do.
+    killed.arg(&container.bundle).arg(&container.id).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    killed.status().map_err(|error| format!("restore: {error}"))?;
+    processes::wait_for("the janitor to end", || {
+        processes::reap();
+        processes::below().is_empty()
+    })?;
+    same("a killed restore", &before, &listing(&root)?)?;
     // One letter of a changed file, which only the archive of changes has.
     let mut bytes = fs::read(&archive).map_err(told(&archive))?;
     let at =
