@@ -30,11 +30,13 @@ check: packages-build
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --workspace --no-deps
 	$(CARGO) test -p ferry-test-bundles --test source
 
-# Dumps that are killed at random instants. TORTURE_SEED=N repeats a run; TORTURE_WHOM=worker kills the process that does the work.
+# Dumps, then restores, that are killed at random instants. TORTURE_SEED=N repeats a run; TORTURE_WHOM=worker kills the process that does the work.
 torture: packages-test
 	$(CARGO) build --release -p ferry -p ferry-test-bundles
 	FERRY_TORTURE=$(or $(TORTURE),2000) FERRY_TORTURE_SEED=$(TORTURE_SEED) FERRY_TORTURE_WHOM=$(TORTURE_WHOM) \
 		$(CARGO) test --release -p ferry-test-bundles --test faults -- --exact torture
+	FERRY_TORTURE_RESTORES=$(or $(TORTURE_RESTORES),200) FERRY_TORTURE_SEED=$(TORTURE_SEED) \
+		$(CARGO) test --release -p ferry-test-bundles --test all_or_nothing -- torture::
 
 bench: packages-test
 	$(CARGO) build --release -p ferry -p ferry-test-bundles

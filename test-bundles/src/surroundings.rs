@@ -6,13 +6,14 @@
 
 #![allow(unsafe_code)] // unshare(2), which the safe wrappers call unsafe for descriptors, and one ioctl(2)
 
-use crate::processes::{self, wait_for};
+use crate::processes::{self, PATIENCE};
 use crate::{Outcome, Place};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Folders where programs leave things.
 const FOLDERS: [&str; 4] = ["/tmp", "/run", "/dev/shm", "/var/tmp"];
@@ -98,8 +99,25 @@ impl Surroundings {
     /// # Errors
     /// What is there that was not, and what has gone.
     pub fn await_again(&self, place: &Place) -> Outcome {
-        let waited = wait_for("the surroundings to be as before", || Self::look(place) == *self);
-        waited.map_err(|_| self.differences(&Self::look(place)).join("; "))
+        self.await_again_within(place, PATIENCE)
+    }
+
+    /// The same, with another patience than that of the tests.
+    ///
+    /// # Errors
+    /// As of [`Self::await_again`].
+    pub fn await_again_within(&self, place: &Place, patience: Duration) -> Outcome {
+        let start = Instant::now();
+        loop {
+            let now = Self::look(place);
+            if now == *self {
+                return Ok(());
+            }
+            if start.elapsed() > patience {
+                return Err(self.differences(&now).join("; "));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// What differs in `now`.

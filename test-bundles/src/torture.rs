@@ -173,7 +173,7 @@ fn start_dump(place: &Place, engine: &Engine, pid: i32, images: &Path, leave_run
 }
 
 /// The next number from 0 to 1 (xorshift64*).
-fn fraction(state: &mut u64) -> f64 {
+pub fn fraction(state: &mut u64) -> f64 {
     *state ^= *state >> 12;
     *state ^= *state << 25;
     *state ^= *state >> 27;

@@ -3,12 +3,14 @@
 
 use ferry_test_bundles::workload::Talk;
 use ferry_test_bundles::{
-    Bundle, Container, Engine, Outcome, Place, Surroundings, Workload, processes, programs, surroundings,
+    Bundle, Container, Engine, Outcome, Place, Surroundings, Workload, processes, programs, surroundings, torture,
 };
 use libtest_mimic::{Arguments, Trial};
+use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 /// What of this program is tested.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -215,6 +217,151 @@ fn matrix(face: Face, action: &str) -> Outcome {
     place.nothing_left()
 }
 
+/// Restores that are killed at random instants, drawn uniformly from the time that one takes.
+///
+/// `FERRY_TORTURE_RESTORES` of them (24 when unset), with `FERRY_TORTURE_SEED`.
+fn torture(face: Face) -> Outcome {
+    let place = Place::new()?;
+    let saved = Saved::new(&place, face, "household")?;
+    let count = std::env::var("FERRY_TORTURE_RESTORES").ok().filter(|text| !text.is_empty());
+    let count: u32 = count.map_or(Ok(24), |text| text.parse().map_err(|_| format!("{text} is no number")))?;
+    let seed = torture::Plan::of_environment()?.seed;
+    let start = Instant::now();
+    let status = saved.restore(&[])?;
+    let length = start.elapsed();
+    if !status.success() {
+        return Err(format!("a restore that is not killed ended with {status}: {}", saved.said()));
+    }
+    saved.end()?;
+    let (mut random, mut killed) = (seed | 1, 0);
+    for number in 0..count {
+        let after = length.mul_f64(torture::fraction(&mut random) * 1.05);
+        let at = |error: String| format!("restore {number} of seed {seed}, killed after {after:?}: {error}");
+        let mut ferry = saved.command(&[])?.spawn().map_err(|error| at(error.to_string()))?;
+        std::thread::sleep(after);
+        // One that has ended already is not there to be killed.
+        let _ = ferry.kill();
+        let status = ferry.wait().map_err(|error| at(error.to_string()))?;
+        let left = match status.signal() {
+            Some(9) => saved.before.await_again_within(&place, Duration::from_secs(5)),
+            None if status.success() => Err("it was faster".to_owned()),
+            _ => return Err(at(format!("{status}: {}", saved.said()))),
+        };
+        // Nothing, or all: it was killed when there was no more to do.
+        match left {
+            Ok(()) => killed += 1,
+            Err(left) => {
+                saved.talk.ask().and_then(|()| saved.end()).map_err(|error| at(format!("{error}; at first {left}")))?;
+            }
+        }
+    }
+    let told =
+        format!("torture: {count} restores of some {length:?}, seed {seed}: {killed} killed, nothing left of them\n");
+    let _ = std::io::stdout().write_all(told.as_bytes());
+    saved.succeeds()?;
+    place.nothing_left()
+}
+
+/// An image and a file of the tree that are missing; then a place for the pid file that is none.
+fn missing(face: Face) -> Outcome {
+    let place = Place::new()?;
+    let mut saved = Saved::new(&place, face, "regular_files")?;
+    let images = std::fs::read_dir(&saved.images).map_err(|error| error.to_string())?.flatten();
+    let core = images.map(|entry| entry.path()).find(|path| path.to_string_lossy().contains("core-"));
+    let gone = [(core.ok_or("there is no core image")?, "core-"), (place.path("work/file 1"), "file 1")];
+    for (path, word) in gone {
+        let away = place.path("away");
+        let said = |error: std::io::Error| format!("{}: {error}", path.display());
+        std::fs::rename(&path, &away).map_err(said)?;
+        let whole = std::mem::replace(&mut saved.before, Surroundings::look(&place));
+        saved.fails(&[], &[word]).map_err(|error| format!("without {}: {error}", path.display()))?;
+        std::fs::rename(&away, &path).map_err(said)?;
+        saved.before = whole;
+    }
+    let nowhere = place.path("no/such/folder/pid");
+    let option = if face == Face::Host { "--pidfile" } else { "--pid-file" };
+    saved.fails(&[option, &nowhere.to_string_lossy()], &["pid file"])?;
+    saved.succeeds()?;
+    place.nothing_left()
+}
+
+/// Changes the bundle's config.
+fn configure(place: &Place, change: impl FnOnce(&mut serde_json::Value)) -> Outcome {
+    let path = place.path("bundle/config.json");
+    let text = std::fs::read(&path).map_err(|error| format!("config.json: {error}"))?;
+    let mut config = serde_json::from_slice(&text).map_err(|error| format!("config.json: {error}"))?;
+    change(&mut config);
+    std::fs::write(&path, config.to_string()).map_err(|error| format!("config.json: {error}"))
+}
+
+/// Limits of the cgroup that the tree does not fit into.
+fn limits_too_small() -> Outcome {
+    let place = Place::new()?;
+    let mut saved = Saved::new(&place, Face::Container, "household")?;
+    let usual = std::fs::read(place.path("bundle/config.json")).map_err(|error| error.to_string())?;
+    let limits = [
+        serde_json::json!({"pids": {"limit": 4}}),
+        serde_json::json!({"memory": {"limit": 1 << 20}}),
+        serde_json::json!({"cpu": {"cpus": "9999"}}),
+    ];
+    for limit in limits {
+        configure(&place, |config| config["linux"]["resources"] = limit.clone())?;
+        let whole = std::mem::replace(&mut saved.before, Surroundings::look(&place));
+        saved.fails(&[], &[]).map_err(|error| format!("{limit}: {error}"))?;
+        saved.before = whole;
+    }
+    std::fs::write(place.path("bundle/config.json"), usual).map_err(|error| error.to_string())?;
+    saved.succeeds()?;
+    place.nothing_left()
+}
+
+/// There is no room for the container's state.
+fn no_room_for_state() -> Outcome {
+    let place = Place::new()?;
+    let mut saved = Saved::new(&place, Face::Container, "sessions")?;
+    let state = place.path("state");
+    for size in [c"size=4k", c"nr_inodes=4"] {
+        rustix::mount::mount("none", &state, "tmpfs", rustix::mount::MountFlags::empty(), Some(size))
+            .map_err(|error| format!("cannot mount a small file system: {error}"))?;
+        let whole = std::mem::replace(&mut saved.before, Surroundings::look(&place));
+        saved.fails(&[], &["No space left"]).map_err(|error| format!("{size:?}: {error}"))?;
+        rustix::mount::unmount(&state, rustix::mount::UnmountFlags::empty()).map_err(|error| error.to_string())?;
+        saved.before = whole;
+    }
+    saved.succeeds()?;
+    place.nothing_left()
+}
+
+/// What hooks have made before the restore fails or is killed is taken away by the hook for the container's end.
+fn hooks_undone() -> Outcome {
+    let place = Place::new()?;
+    let mut saved = Saved::new(&place, Face::Container, "sessions")?;
+    let link = "veth-of-hook";
+    let run = |line: String| serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", line]});
+    let makes = run(format!("ip link add {link} type veth peer name {link}2"));
+    let removes = run(format!("ip link del {link}"));
+    let fails = run("exit 3".to_owned());
+    for (first, fault, word) in [
+        (vec![makes.clone(), fails], None, "hook"),
+        (vec![makes.clone()], Some("restore-before-go=error"), "restore-before-go"),
+        (vec![makes.clone()], Some("restore-before-go=kill"), ""),
+    ] {
+        let hooks = serde_json::json!({"createRuntime": first, "poststop": [removes.clone()]});
+        configure(&place, |config| config["hooks"] = hooks)?;
+        let whole = std::mem::replace(&mut saved.before, Surroundings::look(&place));
+        match fault {
+            Some(fault) if fault.ends_with("=kill") => {
+                saved.restore(&["--fault", fault])?;
+                saved.nothing_left().map_err(|error| format!("{fault}: {error}"))?;
+            }
+            Some(fault) => saved.fails(&["--fault", fault], &[word])?,
+            None => saved.fails(&[], &[word])?,
+        }
+        saved.before = whole;
+    }
+    Ok(())
+}
+
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
@@ -227,6 +374,13 @@ fn main() {
         trial("matrix::host_kill", || matrix(Face::Host, "kill")),
         trial("matrix::container_error", || matrix(Face::Container, "error")),
         trial("matrix::container_kill", || matrix(Face::Container, "kill")),
+        trial("torture::host", || torture(Face::Host)),
+        trial("torture::container", || torture(Face::Container)),
+        trial("missing::host", || missing(Face::Host)),
+        trial("missing::container", || missing(Face::Container)),
+        trial("limits_too_small", limits_too_small),
+        trial("no_room_for_state", no_room_for_state),
+        trial("hooks_undone", hooks_undone),
     ];
     libtest_mimic::run(&arguments, trials).exit();
 }
