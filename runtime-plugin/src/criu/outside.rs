@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use ferry_engine::dump::DumpOptions;
 use ferry_engine::namespaces::{FindMounts, NamespaceKind, NamespaceOptions};
 use ferry_engine::restore::RestoreOptions;
-use ferry_engine::sys::{HostPid, pidfd};
+use ferry_engine::sys::{HostPid, nsfs, pidfd};
 
 use super::options::Options;
 use crate::failure::Failure;
@@ -52,7 +52,7 @@ pub fn for_restore(options: &Options, restore: &mut RestoreOptions<'_>) -> Resul
     for spec in &options.inherit_fd {
         let (key, descriptor) = inherited(spec)?;
         // A namespace is not an open file of the tree, but what a namespace of it becomes.
-        if is_namespace(&descriptor) {
+        if nsfs::clone_flag(&descriptor).is_some() {
             restore.namespaces.external_namespaces.insert(key, descriptor);
         } else {
             restore.inherited.insert(key, descriptor);
@@ -98,12 +98,6 @@ fn inherited(spec: &str) -> Result<(String, OwnedFd), Failure> {
     Ok((key.to_owned(), descriptor))
 }
 
-fn is_namespace(descriptor: &OwnedFd) -> bool {
-    /// The file system of namespaces, `NSFS_MAGIC` (linux/magic.h). Names do not tell: one that is bound to a file has the file's.
-    const NSFS: u64 = 0x6e73_6673;
-    rustix::fs::fstatfs(descriptor).is_ok_and(|system| system.f_type as u64 == NSFS)
-}
-
 /// `KIND:PID` or `KIND:FILE`.
 fn joined(spec: &str) -> Result<(NamespaceKind, OwnedFd), Failure> {
     let bad = |problem: &str| Failure::new(format!("--join-ns {spec}: {problem}"));
@@ -127,8 +121,7 @@ fn joined(spec: &str) -> Result<(NamespaceKind, OwnedFd), Failure> {
     let file = File::open(&path).map_err(|error| bad(&format!("cannot open {path}: {error}")))?;
     let namespace = OwnedFd::from(file);
     // A wrong file is told apart here, rather than by a task that is half made.
-    let link = std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&namespace)));
-    if !link.is_ok_and(|link| link.to_string_lossy().starts_with(&format!("{name}:["))) {
+    if nsfs::clone_flag(&namespace) != Some(kind.clone_flag()) {
         return Err(bad(&format!("{path} is no {name} namespace")));
     }
     Ok((kind, namespace))
@@ -146,8 +139,7 @@ mod tests {
     fn descriptors_and_mounts_are_taken_by_key() {
         let (key, descriptor) = inherited("fd[0]:pipe:[7]").unwrap();
         assert_eq!(key, "pipe:[7]");
-        assert!(!is_namespace(&descriptor));
-        assert!(is_namespace(&std::fs::File::open("/proc/self/ns/net").unwrap().into()));
+        assert_eq!(nsfs::clone_flag(&descriptor), None);
         assert!(inherited("fd[x]:k").is_err() && inherited("7:k").is_err());
         let options = parse(&["restore", "--external", "mnt[a]:/b", "--external", "mnt[]", "-M", "c:/d:e"]);
         let mut restore = RestoreOptions::default();
