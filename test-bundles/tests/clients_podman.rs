@@ -101,6 +101,18 @@ fn read_only(runtime: PathBuf) -> Outcome {
     podman.end()
 }
 
+/// `--tty`: the terminal's master side goes to the new conmon, through which output reaches the log again.
+fn terminal(runtime: PathBuf) -> Outcome {
+    let place = Place::new()?;
+    let podman = Podman::new(&place, runtime)?;
+    podman.start("service", &["--tty"])?;
+    podman.checkpoint(&[])?;
+    let logged = podman.logged()?;
+    podman.restore(&[])?;
+    processes::wait_for("the log to go on", || podman.logged().is_ok_and(|now| now > logged))?;
+    podman.end()
+}
+
 #[test]
 fn ferry_is_the_runtime_in_place() -> Outcome {
     in_place(programs::ferry()?)
@@ -124,6 +136,16 @@ fn ferry_is_the_runtime_read_only() -> Outcome {
 #[test]
 fn runc_is_the_runtime_read_only() -> Outcome {
     read_only(programs::installed("runc")?)
+}
+
+#[test]
+fn ferry_is_the_runtime_of_a_terminal() -> Outcome {
+    terminal(programs::ferry()?)
+}
+
+#[test]
+fn runc_is_the_runtime_of_a_terminal() -> Outcome {
+    terminal(programs::installed("runc")?)
 }
 
 #[test]
