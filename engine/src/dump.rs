@@ -319,7 +319,8 @@ pub fn dump_telling(
             dumped.frozen = start.elapsed();
         }
         copied.save(sink, options, &mut dumped)?;
-        records::save(&state, sink, options, stopped.as_ref().and_then(StoppedTree::frozen), &mut dumped)
+        records::save(&state, sink, options, stopped.as_ref().and_then(StoppedTree::frozen), &mut dumped)?;
+        Ok(sink.seal(&dumped)?)
     })?;
     listening.reached(DumpStage::PostDump)?;
     if stopped.is_some() && options.after == After::Kill {

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::dump::Dumped;
 use crate::images::{Content, Manifest, Sink, SinkError};
 
 /// How images of pages are called, before their number.
@@ -83,6 +84,10 @@ impl Sink for Metered<'_> {
 
     fn finish(&mut self, manifest: Manifest) -> Result<Manifest, SinkError> {
         self.sink.finish(manifest)
+    }
+
+    fn seal(&mut self, dumped: &Dumped) -> Result<(), SinkError> {
+        self.sink.seal(dumped)
     }
 }
 

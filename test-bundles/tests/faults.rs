@@ -4,7 +4,8 @@
 
 use ferry_test_bundles::processes::{self, wait_for};
 use ferry_test_bundles::victim::Victim;
-use ferry_test_bundles::{Engine, Outcome, Place, Workload, programs, surroundings, torture};
+use ferry_test_bundles::workload::Talk;
+use ferry_test_bundles::{Bundle, Container, Engine, Outcome, Place, Workload, programs, surroundings, torture};
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::Path;
@@ -229,6 +230,115 @@ fn pid_of(pid: i32) -> Pid {
     Pid::from_raw(pid).expect("the pid of a child")
 }
 
+/// A container with the victim in it.
+struct Contained<'place> {
+    place: &'place Place,
+    container: Container<'place>,
+    talk: Talk,
+    tree: Vec<i32>,
+}
+
+impl<'place> Contained<'place> {
+    fn run(place: &'place Place) -> Outcome<Self> {
+        let (program, work) = (programs::workload()?, place.folder("work")?);
+        let mut bundle = Bundle::new(place, &["/bin/workload", VICTIM, "/work"])?;
+        bundle.add_program(&program)?;
+        let inside = bundle.root("bin/workload");
+        std::fs::copy(&program, &inside).map_err(|error| format!("{}: {error}", inside.display()))?;
+        bundle.privileged().bind(&work, "/work", &["rw"]);
+        let container = Container::run(place, &bundle)?;
+        let talk = Talk::new(work);
+        talk.await_ready()?;
+        talk.ask()?;
+        let tree = processes::tree(container.pid()?);
+        Ok(Self { place, container, talk, tree })
+    }
+
+    /// It runs, is not frozen, is as it was from inside, and nothing of a checkpoint is in its bundle.
+    fn unharmed(&self) -> Outcome {
+        let others = || processes::below().into_iter().filter(|pid| !self.tree.contains(pid)).count();
+        wait_for("ferry's processes to end", || {
+            processes::reap();
+            others() == 0
+        })?;
+        self.container.is("running")?;
+        let now = processes::tree(self.container.pid()?);
+        if now != self.tree {
+            return Err(format!("the container's processes are {now:?}, were {:?}", self.tree));
+        }
+        self.talk.ask()?;
+        let left: Vec<String> = std::fs::read_dir(&self.container.bundle)
+            .map_err(|error| error.to_string())?
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| name.contains("checkpoint") || name.contains("partial"))
+            .collect();
+        if left.is_empty() { Ok(()) } else { Err(format!("left in the bundle: {}", left.join(", "))) }
+    }
+
+    /// Checkpointed and restored as if nothing had been.
+    fn end(self) -> Outcome {
+        self.container.checkpoint(&[])?;
+        self.container.restore(&[])?;
+        self.talk.ask()?;
+        self.container.end()
+    }
+}
+
+/// `ferry checkpoint` of a container, whose cgroup is frozen meanwhile, with one action at some points.
+fn container(action: &str) -> Outcome {
+    let place = Place::new()?;
+    let contained = Contained::run(&place)?;
+    for point in ["dump-after-freeze", "dump-batch", "dump-unmap", "dump-after-memory", "dump-records"] {
+        let at = |error: String| format!("{point}={action}: {error}");
+        let output = contained.container.try_verb("checkpoint", &["--fault", &format!("{point}={action}")])?;
+        if output.status.success() {
+            return Err(at("the checkpoint succeeded".to_owned()));
+        }
+        contained.unharmed().map_err(at)?;
+    }
+    contained.end()
+}
+
+/// The archive cannot be written: nobody reads it, or its file system is full. The last of it is written when the container's
+/// memory has been saved long ago, and the container must not have been ended by then.
+fn archive_cannot_be_written() -> Outcome {
+    let place = Place::new()?;
+    let contained = Contained::run(&place)?;
+    let (read_end, write_end) = std::io::pipe().map_err(|error| error.to_string())?;
+    drop(read_end);
+    let mut command = contained.container.command("checkpoint");
+    command.args(["--archive", "-"]).arg(&contained.container.id).stdin(Stdio::null()).stdout(write_end);
+    let output = command.stderr(Stdio::piped()).output().map_err(|error| error.to_string())?;
+    drop(command);
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.code() != Some(1) || !told.contains("Broken pipe") {
+        return Err(format!("a closed pipe: {}: {told}", output.status));
+    }
+    contained.unharmed().map_err(|error| format!("a closed pipe: {error}"))?;
+    let small = contained.place.folder("small")?;
+    let archive = small.join("x.tar").to_string_lossy().into_owned();
+    // How much a checkpoint takes, and then a little less than that.
+    contained.container.verb("checkpoint", &["--leave-running", "--archive", &archive])?;
+    let length = std::fs::metadata(&archive).map_err(|error| error.to_string())?.len();
+    std::fs::remove_file(&archive).map_err(|error| error.to_string())?;
+    for room in [length - (16 << 10), length / 2, 64 << 10] {
+        let room = room & !4095;
+        let options = std::ffi::CString::new(format!("size={room}")).map_err(|error| error.to_string())?;
+        rustix::mount::mount("none", &small, "tmpfs", rustix::mount::MountFlags::empty(), Some(options.as_c_str()))
+            .map_err(|error| format!("cannot mount a small file system: {error}"))?;
+        let output = contained.container.try_verb("checkpoint", &["--archive", &archive])?;
+        let told = programs::said(&output);
+        let names: Vec<_> = std::fs::read_dir(&small).into_iter().flatten().flatten().collect();
+        rustix::mount::unmount(&small, rustix::mount::UnmountFlags::empty()).map_err(|error| error.to_string())?;
+        if output.status.code() != Some(1) || !told.contains("No space left on device") || !names.is_empty() {
+            return Err(format!("{room} bytes of {length}: {}: {told}; left {names:?}", output.status));
+        }
+        contained.unharmed().map_err(|error| format!("{room} bytes of {length}: {error}"))?;
+    }
+    contained.end()
+}
+
 fn main() {
     let mut arguments = Arguments::from_args();
     // A test adopts and reaps orphans: one at a time in a process.
@@ -237,6 +347,7 @@ fn main() {
     for action in ["error", "kill", "kill-parent"] {
         trials.push(Trial::test(format!("every_point::{action}"), move || matrix(action).map_err(Into::into)));
         trials.push(Trial::test(format!("complete::{action}"), move || complete(action).map_err(Into::into)));
+        trials.push(Trial::test(format!("container::{action}"), move || container(action).map_err(Into::into)));
     }
     for (signal, name) in [(Signal::TERM, "SIGTERM"), (Signal::INT, "SIGINT"), (Signal::HUP, "SIGHUP")] {
         trials.push(Trial::test(format!("signal::{name}"), move || asked_to_end(signal, name).map_err(Into::into)));
@@ -245,6 +356,7 @@ fn main() {
         trials.push(Trial::test(name, move || run().map_err(Into::into)));
     };
     plain("disk_full", disk_full);
+    plain("archive_cannot_be_written", archive_cannot_be_written);
     plain("target_dies", target_dies);
     plain("target_changes", target_changes);
     plain("torture", || torture::torture(&torture::Plan::of_environment()?));

@@ -8,6 +8,7 @@ use std::io;
 use super::content::Content;
 use super::digest::{ChunkDigests, sha256};
 use super::manifest::{Digest, ImageDigest, Manifest, ManifestError};
+use crate::dump::Dumped;
 
 /// Takes the images of one dump.
 ///
@@ -38,6 +39,15 @@ pub trait Sink: Send {
     /// # Errors
     /// [`SinkError`].
     fn finish(&mut self, manifest: Manifest) -> Result<Manifest, SinkError>;
+
+    /// Puts the finished set where it belongs. A tree that is not to run on is ended after this, so whatever may still fail
+    /// is done here.
+    ///
+    /// # Errors
+    /// [`SinkError`]; nothing of the set is left.
+    fn seal(&mut self, _dumped: &Dumped) -> Result<(), SinkError> {
+        Ok(())
+    }
 }
 
 /// Why an image could not be written.
@@ -66,6 +76,9 @@ pub enum SinkError {
     /// The target does not take the bytes.
     #[error("cannot write image {name}: {source}")]
     Write { name: String, source: io::Error },
+    /// The finished set could not be put where it belongs.
+    #[error("the images are written, but the checkpoint cannot be completed: {problem}")]
+    Seal { problem: String },
     /// The content is not to be had.
     #[error("cannot read what is to go into image {name}, at offset {offset}: {source}")]
     Content { name: String, offset: u64, source: io::Error },

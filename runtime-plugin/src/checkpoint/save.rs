@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump, dump_telling};
 use ferry_engine::fault::Faults;
-use ferry_engine::images::{ArchiveSink, FolderOptions, FolderSink};
+use ferry_engine::images::{ArchiveSink, Content, FolderOptions, FolderSink, Manifest, Sink, SinkError};
 use ferry_engine::sys::{HostPid, PAGE_SIZE};
 use libcontainer::oci_spec::runtime::Spec;
 use serde_json::json;
@@ -33,11 +33,9 @@ pub fn dump_container(plan: &Plan) -> Result<Summary, Failure> {
         Destination::Folder(folder) => into_folder(plan, pid, &options, folder)?,
         Destination::Archive(path, method) => {
             let (new, file) = NewFile::create(path, &plan.worker.journal)?;
-            let done = into_archive(plan, pid, &options, file, *method)?;
-            new.finish()?;
-            done
+            into_archive(plan, pid, &options, file, Some(new), *method)?
         }
-        Destination::Stream(method) => into_archive(plan, pid, &options, stdout()?, *method)?,
+        Destination::Stream(method) => into_archive(plan, pid, &options, stdout()?, None, *method)?,
     };
     Ok(Summary { processes: dumped.processes, memory: dumped.pages * PAGE_SIZE, pause: dumped.frozen, size })
 }
@@ -91,47 +89,58 @@ fn into_folder(plan: &Plan, pid: i32, options: &DumpOptions, folder: &Path) -> R
         plan.worker.journal.path(folder);
     }
     fs::create_dir_all(folder).map_err(cannot_write(folder))?;
-    let stdio = stdio_json(pid);
+    let descriptors = folder.join(DESCRIPTORS);
+    plan.worker.journal.path(&descriptors);
     let result = (|| {
+        // Whatever may fail comes before the container is ended.
+        fs::write(&descriptors, stdio_json(pid)).map_err(cannot_write(&descriptors))?;
         let mut sink = FolderSink::open(folder, FolderOptions::default())?.noted_in(options.journal.clone(), folder);
         let dumped = dump(HostPid(pid), &mut sink, options).map_err(explain)?;
         let work = plan.work.as_deref().unwrap_or(folder);
-        fs::create_dir_all(work).map_err(cannot_write(work))?;
         let stats = work.join("stats-dump");
-        fs::write(&stats, dumped.stats_image()).map_err(cannot_write(&stats))?;
-        let descriptors = folder.join(DESCRIPTORS);
-        fs::write(&descriptors, stdio).map_err(cannot_write(&descriptors))?;
+        let written = fs::create_dir_all(work).and_then(|()| fs::write(&stats, dumped.stats_image()));
+        if let Err(error) = written {
+            tracing::warn!("the checkpoint is complete, but {} cannot be written: {error}", stats.display());
+        }
         let size = size_of_images(&dumped);
         Ok((dumped, size))
     })();
-    if result.is_err() && made {
-        let _ = fs::remove_dir(folder);
+    if result.is_err() {
+        let _ = fs::remove_file(&descriptors);
+        if made {
+            let _ = fs::remove_dir(folder);
+        }
     }
     result
 }
 
+/// Writes an archive into `file`, which becomes `new` when it is complete.
 fn into_archive(
     plan: &Plan,
     pid: i32,
     options: &DumpOptions,
     file: File,
+    mut new: Option<NewFile>,
     method: Compression,
 ) -> Result<(Dumped, u64), Failure> {
-    let stdio = stdio_json(pid);
     let seekable = file.metadata().is_ok_and(|metadata| metadata.is_file());
     if method == Compression::None && seekable {
         let length = file.try_clone().map_err(Failure::from)?;
-        let mut sink = ArchiveSink::in_file(file)?;
-        let dumped = fill(plan, pid, options, &mut sink, &stdio)?;
-        sink.close()?;
+        let complete = move |sink: ArchiveSink<File>| {
+            sink.close()?;
+            new.take().map_or(Ok(()), NewFile::finish)
+        };
+        let dumped = fill(plan, pid, options, ArchiveSink::in_file(file)?, Box::new(complete))?;
         let size = length.metadata().map_err(Failure::from)?.len();
         return Ok((dumped, size));
     }
     let counter = Counter::new(file);
     let bytes = counter.bytes.clone();
-    let mut sink = ArchiveSink::new(Compressor::new(method, counter)?)?;
-    let dumped = fill(plan, pid, options, &mut sink, &stdio)?;
-    sink.close()?.finish().map_err(|error| Failure::from(error).context("cannot write the archive"))?;
+    let complete = move |sink: ArchiveSink<Compressor<Counter<File>>>| {
+        sink.close()?.finish().map_err(|error| Failure::from(error).context("cannot write the archive"))?;
+        new.take().map_or(Ok(()), NewFile::finish)
+    };
+    let dumped = fill(plan, pid, options, ArchiveSink::new(Compressor::new(method, counter)?)?, Box::new(complete))?;
     Ok((dumped, bytes.load(Ordering::Relaxed)))
 }
 
@@ -140,16 +149,59 @@ fn fill<W: Write + Send>(
     plan: &Plan,
     pid: i32,
     options: &DumpOptions,
-    sink: &mut ArchiveSink<W>,
-    stdio: &[u8],
+    mut sink: ArchiveSink<W>,
+    complete: Complete<'_, W>,
 ) -> Result<Dumped, Failure> {
     sink.put_member("spec.dump", &serde_json::to_vec_pretty(&named_spec(plan))?)?;
+    let beside = vec![("config.dump", serde_json::to_vec_pretty(&config(plan))?), (DESCRIPTORS, stdio_json(pid))];
     let mut layer = Layer::find(pid, plan.args.ignore_rootfs)?;
-    let dumped = dump_telling(HostPid(pid), sink, options, &mut layer).map_err(explain)?;
-    sink.put_member("config.dump", &serde_json::to_vec_pretty(&config(plan))?)?;
-    sink.put_member("stats-dump", &dumped.stats_image())?;
-    sink.put_member(DESCRIPTORS, stdio)?;
-    Ok(dumped)
+    let mut archive = Archive { sink: Some(sink), beside, complete };
+    dump_telling(HostPid(pid), &mut archive, options, &mut layer).map_err(explain)
+}
+
+/// What is to be done when everything is in an archive.
+type Complete<'a, W> = Box<dyn FnMut(ArchiveSink<W>) -> Result<(), Failure> + Send + 'a>;
+
+/// An archive on its way. It is whole, and has its name, before the container is ended.
+struct Archive<'a, W: Write + Send> {
+    /// Until it is whole.
+    sink: Option<ArchiveSink<W>>,
+    /// What stands beside the images, besides the statistics.
+    beside: Vec<(&'static str, Vec<u8>)>,
+    complete: Complete<'a, W>,
+}
+
+impl<W: Write + Send> Archive<'_, W> {
+    fn sink(&mut self, name: &str) -> Result<&mut ArchiveSink<W>, SinkError> {
+        self.sink.as_mut().ok_or_else(|| SinkError::Finished { name: name.to_owned() })
+    }
+}
+
+impl<W: Write + Send> Sink for Archive<'_, W> {
+    fn put(&mut self, name: &str, content: &[u8]) -> Result<(), SinkError> {
+        self.sink(name)?.put(name, content)
+    }
+
+    fn put_raw(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError> {
+        self.sink(name)?.put_raw(name, content)
+    }
+
+    fn put_beside(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError> {
+        self.sink(name)?.put_beside(name, content)
+    }
+
+    fn finish(&mut self, manifest: Manifest) -> Result<Manifest, SinkError> {
+        self.sink("the manifest")?.finish(manifest)
+    }
+
+    fn seal(&mut self, dumped: &Dumped) -> Result<(), SinkError> {
+        for (name, content) in std::mem::take(&mut self.beside) {
+            self.sink(name)?.put_member(name, &content)?;
+        }
+        self.sink("stats-dump")?.put_member("stats-dump", &dumped.stats_image())?;
+        let Some(sink) = self.sink.take() else { return Ok(()) };
+        (self.complete)(sink).map_err(|failure| SinkError::Seal { problem: failure.to_string() })
+    }
 }
 
 /// One sentence for a failed dump; several refusals are numbered in it.
