@@ -10,6 +10,7 @@ const INSIDE: &[&str] = &[
     "sessions",
     "zombies",
     "orphans",
+    "stopped_child",
     "prefork",
     "threads",
     "registers_general",
