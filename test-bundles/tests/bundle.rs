@@ -8,6 +8,7 @@ use std::path::Path;
 /// Workloads that say more in a container than on the host, or whose objects come from its namespaces and mounts.
 const INSIDE: &[&str] = &[
     "sessions",
+    "stopped_child",
     "zombies",
     "orphans",
     "stopped_child",
