@@ -1,7 +1,9 @@
 //! Terminals whose master side is outside what is saved: a container's console, and the job of a shell.
 
 use ferry_test_bundles::terminal::{ConsoleSocket, Terminal};
-use ferry_test_bundles::{Bundle, Container, Engine, Outcome, Place, processes, programs};
+use ferry_test_bundles::{Bundle, Container, Engine, Outcome, Place, Workload, processes, programs};
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 /// A shell in a container with a console, run by this runtime, is checkpointed and restored twice, each time to another console
@@ -42,13 +44,21 @@ fn console(runtime: PathBuf, options: &[&str]) -> Outcome {
         terminal.expect("on").map_err(told)?;
         terminal.expect("/dev/").map_err(told)?;
         terminal.enter("sleep 1000; echo status=$?\n")?;
-        processes::wait_for("the job to start", || container.pid().is_ok_and(|pid| processes::tree(pid).len() == 2))?;
+        let shell = container.pid()?;
+        let job_runs = || processes::tree(shell).iter().any(|pid| *pid != shell && is_in_foreground(*pid));
+        processes::wait_for("the job in the foreground", job_runs).map_err(told)?;
         terminal.enter("\x03")?;
-        // The shell's own echo of the line is off.
-        processes::wait_for("the job to end", || container.pid().is_ok_and(|pid| processes::tree(pid).len() == 1))
-            .map_err(told)?;
+        processes::wait_for("the job to end", || processes::tree(shell).len() == 1).map_err(told)?;
     }
     container.end()
+}
+
+/// Whether a process runs its own program, in the foreground of its terminal (proc_pid_stat(5)).
+fn is_in_foreground(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let Some((name, rest)) = stat.rsplit_once(") ") else { return false };
+    let fields: Vec<&str> = rest.split(' ').collect();
+    name.ends_with("(sleep") && fields.get(2).is_some() && fields.get(2) == fields.get(5)
 }
 
 #[test]
@@ -60,6 +70,39 @@ fn a_console_comes_back_to_a_new_socket() -> Outcome {
 #[test]
 fn a_console_of_runc_comes_back_to_a_new_socket() -> Outcome {
     console(programs::installed("runc")?, &["--shell-job"])
+}
+
+/// A terminal that is named as external is given back by the key.
+#[test]
+fn an_external_terminal_is_given_back() -> Outcome {
+    let place = Place::new()?;
+    let mut workload = Workload::start(&place, "terminal_outside")?;
+    let device = |path: PathBuf| {
+        use std::os::unix::fs::MetadataExt;
+        let stat = std::fs::metadata(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok::<_, String>(format!("tty[{:x}:{:x}]", stat.rdev(), stat.dev()))
+    };
+    // The slave is the workload's last descriptor.
+    let key = device(format!("/proc/{}/fd/4", workload.pid).into())?;
+    let (images, tree, engine) = (workload.images()?, processes::tree(workload.pid), Engine::ferry()?);
+    engine.dump(&place, workload.pid, &images, &["--external", &key])?;
+    processes::await_end(&tree)?;
+    let name = place.path("name");
+    let mut shell = Terminal::with_shell()?;
+    shell.enter(&format!("tty > {0}.new; mv {0}.new {0}\n", name.display()))?;
+    processes::wait_for("the terminal's name", || name.exists())?;
+    let slave = std::fs::read_to_string(&name).map_err(|error| error.to_string())?;
+    let slave = File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(slave.trim());
+    let slave = slave.map_err(|error| format!("the slave: {error}"))?;
+    let mut command = engine.command(&place, "restore", &images, "restore.log");
+    command.args(["-d", "--inherit-fd", &format!("fd[0]:{key}")]).stdin(slave);
+    let status = command.status().map_err(|error| error.to_string())?;
+    if !status.success() {
+        return Err(std::fs::read_to_string(images.join("restore.log")).unwrap_or_default());
+    }
+    workload.ask()?;
+    drop(shell);
+    workload.end()
 }
 
 /// A job of an interactive shell is dumped, and restored as the job of another shell in another terminal.

@@ -297,6 +297,7 @@ impl RestorePlan {
             FileEntry { efd: Some(event), .. } => one(restore_eventfd(session, event, flag)?),
             FileEntry { sgfd: Some(signal), .. } => one(restore_signalfd(session, signal, flag)?),
             FileEntry { tfd: Some(timer), .. } => one(restore_timerfd(session, timer, flag)?),
+            FileEntry { tty: Some(_), .. } => one(self.open_hardware(session, first, flag)?),
             _ => Ok(Vec::new()),
         }
     }

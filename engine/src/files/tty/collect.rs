@@ -11,7 +11,7 @@ use rustix::fs::Statx;
 
 use super::super::Problem;
 use super::job::{Job, Number};
-use super::{Side, dump_settings, dump_size, external_key, input};
+use super::{AUXILIARY_MAJOR, Side, dump_settings, dump_size, external_key, input};
 use crate::error::Refusal;
 use crate::images::extension::FerryTtyEntry;
 use crate::images::fown::FownEntry;
@@ -20,7 +20,10 @@ use crate::images::{Kind, encode};
 use crate::sys::{HostPid, terminal};
 
 /// CRIU numbers terminals by index and side; those without an index have these in its place.
+const CONSOLE: u32 = 1002;
+const VIRTUAL: u32 = 1004;
 const CONTROLLING: u32 = 1006;
+const SERIAL: u32 = 1010;
 const EXTERNAL: u32 = 1013;
 /// Pairs of several devpts instances with one index are told apart by multiples of this, which CRIU does not accept.
 const NEXT_INSTANCE: u32 = 4096;
@@ -134,16 +137,7 @@ impl<H: Clone> Terminals<H> {
             return Ok(entry(number << 1));
         }
         match found.side {
-            Side::Hardware => Err(Problem::new(
-                format!(
-                    "it is a terminal of hardware (device {}:{})",
-                    found.stat.stx_rdev_major, found.stat.stx_rdev_minor
-                ),
-                format!(
-                    "name it with --external '{}' and give it back at restore (--inherit-fd)",
-                    Self::key(found.stat)
-                ),
-            )),
+            Side::Hardware => self.hardware(found, holder).map(entry),
             Side::Controlling => self.controlling(found, holder).map(entry),
             Side::Master | Side::Slave => self.side(found, holder).map(entry),
         }
@@ -161,6 +155,24 @@ impl<H: Clone> Terminals<H> {
         let id = (CONTROLLING + others().count() as u32 * NEXT_INSTANCE) << 1;
         let info = TtyInfoEntry { r#type: TtyType::Ctty as i32, ..info(&found, id)? };
         self.others.push((holder, Other { info, device, pid: found.pid }));
+        Ok(id)
+    }
+
+    /// A console, a virtual terminal, a serial line: its settings are the machine's.
+    fn hardware(&mut self, found: FoundTerminal<'_>, holder: H) -> Result<u32, Problem> {
+        let (kind, number) = match (found.stat.stx_rdev_major, found.stat.stx_rdev_minor) {
+            (AUXILIARY_MAJOR, 1) => (TtyType::Console, CONSOLE),
+            (4, 0..64) => (TtyType::Vt, VIRTUAL),
+            _ => (TtyType::Serial, SERIAL),
+        };
+        let rdev = device(found.stat.stx_rdev_major, found.stat.stx_rdev_minor) as u32;
+        let alike = || self.others.iter().filter(|(_, other)| other.info.r#type == kind as i32);
+        if let Some((_, other)) = alike().find(|(_, other)| other.info.rdev == rdev) {
+            return Ok(other.info.id);
+        }
+        let id = (number + alike().count() as u32 * NEXT_INSTANCE) << 1;
+        let info = TtyInfoEntry { r#type: kind as i32, ..info(&found, id)? };
+        self.others.push((holder, Other { info, device: 0, pid: found.pid }));
         Ok(id)
     }
 
@@ -281,7 +293,7 @@ impl<H: Clone> Terminals<H> {
             if !controlled.contains(&job.session.here) {
                 let device = u64::from(job.terminal);
                 let name = format!("{}:{}", libc::major(device), libc::minor(device));
-                let text = format!("no process of the tree has it open (device {name})");
+                let text = format!("no process of the tree has a pseudoterminal open that is this one (device {name})");
                 refusals.push(job.refuse(text, "start it with setsid"));
             }
         }

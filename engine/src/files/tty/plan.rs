@@ -145,7 +145,9 @@ impl TerminalPlan {
                 (TtyType::ExtTty, _) => {
                     problems.push((id, format!("it is external: name its stand-in with --inherit-fd 'fd[N]:{key}'")));
                 }
-                _ => problems.push((id, "terminals of hardware cannot be restored".into())),
+                // Opened like any other device.
+                (TtyType::Console | TtyType::Vt | TtyType::Serial, _) if tty.regf_id.is_some() => {}
+                _ => problems.push((id, "terminals of this kind cannot be restored".into())),
             }
         }
         let mut data: HashMap<u32, Vec<u8>> = data.into_iter().map(|entry| (entry.tty_id, entry.data)).collect();

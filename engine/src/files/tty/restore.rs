@@ -194,6 +194,12 @@ impl RestorePlan {
         session.flush()
     }
 
+    /// Opens a terminal of the machine, which keeps its settings.
+    pub(in super::super) fn open_hardware(&self, session: &mut Session<'_>, id: u32, cloexec: bool) -> Done<Temporary> {
+        let flags = open_flags(self.flags(id)) | if cloexec { libc::O_CLOEXEC as u32 } else { 0 };
+        session.open(self.path(id).unwrap_or(b"/dev/console"), flags)
+    }
+
     /// Opens `/dev/tty` in the leader of a session, which has just got its terminal; without one, in the first task.
     ///
     /// # Errors
