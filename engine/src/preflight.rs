@@ -57,6 +57,10 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, Dump
         }
         refusals.extend(refuse::check_running(task));
     }
+    // With its first thread the root has lost what would be looked at through it.
+    if jobs[0].stat.state == 'Z' && !refusals.is_empty() {
+        return Ok(Outlook { refusals, surroundings, memory: 0 });
+    }
     let namespaces = namespaces::Collected::collect(&tasks[0], &tasks, &options.namespaces)?;
     refusals.extend_from_slice(namespaces.refusals());
     let files = FilesOptions { stopped: false, ..options.files.clone() };

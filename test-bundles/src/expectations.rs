@@ -20,6 +20,7 @@ pub const REFUSED: &[(&str, &str)] = &[
     ("userfaultfd", "userfaultfd"),
     ("system_v_memory", "system v"),
     ("mdwe", "pr_set_mdwe"),
+    ("leader_exited", "main thread"),
     ("several_unsupported", "inotify"),
 ];
 

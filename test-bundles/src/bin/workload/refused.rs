@@ -107,6 +107,17 @@ fn mdwe(_: &Room) -> Result<Check, Fault> {
     }))
 }
 
+/// A process that lives on in another thread than its first.
+fn leader_exited(room: &Room) -> Result<Check, Fault> {
+    let room = room.clone();
+    let is_zombie = || crate::sys::text("/proc/self/stat").is_ok_and(|stat| stat.contains(") Z "));
+    std::thread::spawn(move || {
+        room.serve(Ok(Box::new(move || crate::sys::wait_for("the first thread to be a zombie", is_zombie))))
+    });
+    raw!(SYS_exit, 0)?;
+    Err("the first thread goes on after its end".to_owned())
+}
+
 /// Three kinds at once, one of them in a child.
 fn several_unsupported(room: &Room) -> Result<Check, Fault> {
     let child = room.child("child", inotify)?;
@@ -135,5 +146,6 @@ pub const WORKLOADS: &[Workload] = &[
     row("userfaultfd", userfaultfd),
     row("system_v_memory", system_v_memory),
     row("mdwe", mdwe),
+    row("leader_exited", leader_exited),
     row("several_unsupported", several_unsupported),
 ];
