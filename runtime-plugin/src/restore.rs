@@ -184,6 +184,8 @@ fn bring_back(
     source: Source,
     console: &Console,
 ) -> Result<Container, Failure> {
+    // Whoever has the name has the cgroup too, which is the lesser news.
+    NewContainer::look(&global.root, &args.id.id)?;
     let cgroup = ContainerCgroup::of_spec(&bundle.spec, &args.id.id, global.systemd_cgroup)?;
     let spec = bundle.spec_with_cgroup(&cgroup);
     let remains = Remains::watch(args, bundle, &cgroup, &hooks_of(&spec, &bundle.directory)?)?;

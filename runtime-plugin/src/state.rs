@@ -369,6 +369,14 @@ pub struct NewContainer {
 }
 
 impl NewContainer {
+    /// Whether the name is free. [`Self::claim`] decides; this is to say so before anything else is done.
+    ///
+    /// # Errors
+    /// When it is taken.
+    pub fn look(root: &Path, id: &str) -> Result<()> {
+        if root.join(id).exists() { Err(StateError::Exists { id: id.to_owned() }) } else { Ok(()) }
+    }
+
     /// Takes the name, and writes down what is known before there is a process. `spec` has absolute paths. A janitor is told
     /// of the directory, not of the cgroup.
     ///
