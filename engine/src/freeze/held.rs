@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use ferry_cgroup::{Freezer, Frozen};
 
 use super::FreezeError;
-use crate::procfs::Stat;
 use crate::sys::HostPid;
 use crate::sys::ptrace::{self, Stop};
 
@@ -22,9 +21,6 @@ const GRACE: Duration = Duration::from_millis(200);
 pub(super) struct Held {
     /// By thread; none while it was interrupted and has not stopped yet.
     threads: HashMap<HostPid, Option<Stop>>,
-    /// Threads in a job-control stop that are seized after the thaw: a v1 freezer keeps them from the stop that
-    /// `PTRACE_SEIZE` waits for (kernel/ptrace.c, `JOBCTL_TRAPPING`), and they do not run with the thaw.
-    deferred: Vec<HostPid>,
     cgroup: Option<Frozen>,
     /// Whether the cgroup was thawed for the ptrace stops.
     thawed: bool,
@@ -35,7 +31,7 @@ impl Held {
     /// Freezes the cgroup, if there is one. Whatever else is in it is found out later, by the tree's walk.
     pub fn freeze(freezer: Option<&Freezer>, timeout: Duration) -> Result<Self, FreezeError> {
         let cgroup = freezer.map(|freezer| freezer.freeze(|_| true, timeout)).transpose()?;
-        Ok(Self { threads: HashMap::new(), deferred: Vec::new(), cgroup, thawed: false, timeout })
+        Ok(Self { threads: HashMap::new(), cgroup, thawed: false, timeout })
     }
 
     /// The cgroup.
@@ -59,10 +55,6 @@ impl Held {
             self.thawed = true;
             cgroup.thaw_for_ptrace()?;
         }
-        for tid in std::mem::take(&mut self.deferred) {
-            // One that cannot be seized is found again, and it is told why.
-            let _ = self.seize(tid);
-        }
         Ok(())
     }
 
@@ -78,10 +70,6 @@ impl Held {
 
     /// Seizes and interrupts a thread.
     pub fn seize(&mut self, tid: HostPid) -> nix::Result<()> {
-        if self.is_frozen() && is_stopped(tid) {
-            self.deferred.push(tid);
-            return Ok(());
-        }
         // Filters must not see the agent's calls. Where ferry itself is filtered the option is refused: then try without.
         match ptrace::seize(tid, ptrace::OPTION_SUSPEND_SECCOMP) {
             Err(nix::errno::Errno::EPERM) => ptrace::seize(tid, 0)?,
@@ -129,12 +117,6 @@ impl Held {
             tracing::warn!("the cgroup of the ended processes could not be left thawed: {error}");
         }
     }
-}
-
-/// Whether a thread is in a job-control stop. One that v1 has frozen in it shows the state D, and the kernel's function.
-fn is_stopped(tid: HostPid) -> bool {
-    Stat::read(tid).is_ok_and(|stat| stat.state == 'T')
-        || std::fs::read_to_string(format!("/proc/{tid}/wchan")).is_ok_and(|function| function == "do_signal_stop")
 }
 
 /// What has become of an interrupted thread.
