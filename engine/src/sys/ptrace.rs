@@ -136,19 +136,16 @@ pub fn poll_interrupted(tid: HostPid) -> nix::Result<Option<Stop>> {
     }
 }
 
-/// As [`wait_interrupted`], until `deadline`.
+/// As [`poll_interrupted`], waiting for the stop until `deadline`.
 ///
 /// # Errors
-/// `ESRCH` when the thread died instead, `ETIMEDOUT` when it did not stop in time.
+/// `ESRCH` or `ECHILD` when the thread died instead, `ETIMEDOUT` when it did not stop in time.
 pub fn wait_interrupted_until(tid: HostPid, deadline: Instant) -> nix::Result<Stop> {
     loop {
-        match waitpid(Pid::from_raw(tid.0), Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG))? {
-            WaitStatus::StillAlive if Instant::now() > deadline => return Err(Errno::ETIMEDOUT),
-            WaitStatus::StillAlive => std::thread::sleep(Duration::from_micros(50)),
-            status => match stop_of(status)? {
-                Stop::Signal(signal) => drop(request(libc::PTRACE_CONT as _, tid, 0, signal as usize)?),
-                stop => return Ok(stop),
-            },
+        match poll_interrupted(tid)? {
+            Some(stop) => return Ok(stop),
+            None if Instant::now() > deadline => return Err(Errno::ETIMEDOUT),
+            None => std::thread::sleep(Duration::from_micros(50)),
         }
     }
 }
