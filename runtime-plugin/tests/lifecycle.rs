@@ -268,7 +268,7 @@ fn hooks_run_with_the_state_and_poststop_runs_last() {
 fn a_container_that_cannot_start_leaves_nothing() {
     let mut fixture = Fixture::new("broken", &["/bin/nothing"]);
     let told = fixture.fails(&["run", &fixture.id], 1);
-    assert!(told.contains("executable '/bin/nothing' not found"), "{told}");
+    assert!(told.contains("exec: \"/bin/nothing\": stat /bin/nothing: no such file or directory"), "{told}");
     assert!(fixture.listed().is_empty());
     fixture.change(|config| {
         config["hooks"]["createRuntime"] = serde_json::json!([{"path": "/bin/false"}]);
