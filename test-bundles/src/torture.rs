@@ -33,7 +33,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// `FERRY_TORTURE` dumps (60 when unset), with `FERRY_TORTURE_SEED`, of `FERRY_TORTURE_WHOM`.
+    /// `FERRY_TORTURE` dumps (20 when unset), with `FERRY_TORTURE_SEED`, of `FERRY_TORTURE_WHOM`.
     ///
     /// # Errors
     /// When one of them is not understood.
@@ -48,7 +48,7 @@ impl Plan {
             Some("worker") => Whom::Worker,
             Some(other) => return Err(format!("FERRY_TORTURE_WHOM={other}: known or worker is wanted")),
         };
-        Ok(Self { dumps: number("FERRY_TORTURE", 60)? as u32, seed: number("FERRY_TORTURE_SEED", clock)?, whom })
+        Ok(Self { dumps: number("FERRY_TORTURE", 20)? as u32, seed: number("FERRY_TORTURE_SEED", clock)?, whom })
     }
 }
 
