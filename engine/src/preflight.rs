@@ -4,7 +4,7 @@
 //! what only a stopped task shows, is found by the recheck of the dump itself.
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::dump::{DumpError, DumpOptions, relations};
 use crate::error::Refusal;
@@ -120,14 +120,18 @@ fn open(pid: HostPid, parent: Option<usize>) -> Option<(TaskRef, Job)> {
 /// Whether the process lives on after the end of its first thread, rather than ending now.
 fn is_without_leader(pid: HostPid) -> bool {
     let is = || Stat::read(pid).is_ok_and(|stat| stat.state == 'Z') && procfs::has_living_threads(pid);
-    is() && {
-        std::thread::sleep(EXIT_TIME);
-        is()
+    let deadline = Instant::now() + EXIT_TIME;
+    while is() {
+        if Instant::now() > deadline {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
+    false
 }
 
-/// Longer than a process takes to end all its threads.
-const EXIT_TIME: Duration = Duration::from_millis(20);
+/// Longer than a process takes to end all its threads, on a busy machine too: threads that are to end need a processor for it.
+const EXIT_TIME: Duration = Duration::from_millis(500);
 
 /// Whether this host lets ferry do what every dump needs.
 ///
