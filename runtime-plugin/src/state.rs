@@ -20,6 +20,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use ferry_hooks::Hooks;
 use libcontainer::container::{Container as Library, ContainerStatus, State as LibraryState};
@@ -233,7 +234,7 @@ impl Container {
     }
 
     fn read(directory: PathBuf, id: &str) -> Result<Self> {
-        let state = LibraryState::load(&directory).map_err(library_error(id))?;
+        let state = settled(|| LibraryState::load(&directory)).map_err(library_error(id))?;
         let record: Record = read_json(&directory.join(RECORD))?;
         let cgroup = match record.init.filter(|_| record.cgroup.is_relative()) {
             Some(init) => ContainerCgroup::of_unit(record.cgroup, id, init.pid)?,
@@ -310,7 +311,7 @@ impl Container {
     /// # Errors
     /// When libcontainer cannot read its files.
     pub fn library(&self) -> Result<Library> {
-        Library::load(self.directory.clone()).map_err(library_error(&self.id))
+        settled(|| Library::load(self.directory.clone())).map_err(library_error(&self.id))
     }
 
     /// Writes down the status that a command has brought it to.
@@ -538,6 +539,21 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Stat
     move |source| StateError::Io { action, path, source }
 }
 
+/// Loads a state that another command may be writing: libcontainer empties the file and fills it again, and what is read
+/// between the two cannot be parsed.
+fn settled<T, E>(mut load: impl FnMut() -> std::result::Result<T, E>) -> std::result::Result<T, E> {
+    let deadline = Instant::now() + WRITING_TIME;
+    loop {
+        match load() {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(2)),
+            loaded => return loaded,
+        }
+    }
+}
+
+/// Longer than a state file takes to be written, by a process that waits for a processor too.
+const WRITING_TIME: Duration = Duration::from_millis(200);
+
 /// Wraps an error of libcontainer.
 fn library_error<E: std::error::Error + Send + Sync + 'static>(id: &str) -> impl FnOnce(E) -> StateError {
     let id = id.to_owned();
@@ -548,6 +564,23 @@ fn library_error<E: std::error::Error + Send + Sync + 'static>(id: &str) -> impl
 mod tests {
     use super::*;
     use crate::lifecycle::delete;
+
+    #[test]
+    fn a_state_that_is_being_written_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut library = Library::new("id", ContainerStatus::Creating, None, Path::new("/"), directory.path()).unwrap();
+        fs::write(directory.path().join("state.json"), "").unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(20));
+                library.set_status(ContainerStatus::Stopped).save().unwrap();
+            });
+            let state = settled(|| LibraryState::load(directory.path())).unwrap();
+            assert_eq!(state.status, ContainerStatus::Stopped);
+        });
+        fs::write(directory.path().join("state.json"), "{").unwrap();
+        settled(|| LibraryState::load(directory.path())).unwrap_err();
+    }
 
     fn bundle() -> (tempfile::TempDir, Spec) {
         let directory = tempfile::tempdir().unwrap();

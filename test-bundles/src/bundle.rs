@@ -35,15 +35,15 @@ impl Bundle {
         Ok(bundle)
     }
 
-    /// A bundle whose first process is a workload, `/bin/workload` beside busybox, and the folder to talk with it, which is `/work`
-    /// inside.
+    /// A bundle whose first process is a workload, `/bin/workload` beside busybox, with every capability that this machine has,
+    /// and the folder to talk with it, which is `/work` inside.
     pub fn of_workload(place: &Place, name: &str) -> Outcome<(Self, Talk)> {
         let (program, work) = (programs::workload()?, place.folder("work")?);
         let mut bundle = Self::new(place, &["/bin/workload", name, "/work"])?;
         bundle.add_program(&program)?;
         let inside = bundle.root("bin/workload");
         std::fs::copy(&program, &inside).map_err(|error| format!("{}: {error}", inside.display()))?;
-        bundle.bind(&work, "/work", &["rw"]);
+        bundle.privileged().bind(&work, "/work", &["rw"]);
         Ok((bundle, Talk::new(work)))
     }
 

@@ -49,14 +49,8 @@ impl<'place> Saved<'place> {
     }
 
     fn of_container(place: &'place Place, name: &str) -> Outcome<Self> {
-        let (program, work) = (programs::workload()?, place.folder("work")?);
-        let mut bundle = Bundle::new(place, &["/bin/workload", name, "/work"])?;
-        bundle.add_program(&program)?;
-        let inside = bundle.root("bin/workload");
-        std::fs::copy(&program, &inside).map_err(|error| format!("{}: {error}", inside.display()))?;
-        bundle.privileged().bind(&work, "/work", &["rw"]);
+        let (bundle, talk) = Bundle::of_workload(place, name)?;
         let container = Container::run(place, &bundle)?;
-        let talk = Talk::new(work);
         talk.await_ready()?;
         talk.ask()?;
         let (images, pids) = (place.folder("images-1")?, processes::tree(container.pid()?));

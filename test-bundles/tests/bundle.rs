@@ -1,6 +1,5 @@
 //! Containers in bundles: workloads inside, a shell's counter through twenty cycles, the lifecycle around a restore.
 
-use ferry_test_bundles::workload::Talk;
 use ferry_test_bundles::{Bundle, Container, Outcome, Place, expectations, processes, programs, workload};
 use libtest_mimic::{Arguments, Trial};
 use std::path::Path;
@@ -47,21 +46,10 @@ const INSIDE: &[&str] = &[
     "devices",
 ];
 
-/// A bundle that runs a workload, and the folder to talk with it.
-fn workload_bundle(place: &Place, name: &str) -> Outcome<(Bundle, Talk)> {
-    let (program, work) = (programs::workload()?, place.folder("work")?);
-    let mut bundle = Bundle::new(place, &["/bin/workload", name, "/work"])?;
-    bundle.add_program(&program)?;
-    let inside = bundle.root("bin/workload");
-    std::fs::copy(&program, &inside).map_err(|error| format!("{}: {error}", inside.display()))?;
-    bundle.privileged().bind(&work, "/work", &["rw"]);
-    Ok((bundle, Talk::new(work)))
-}
-
 /// Run, checkpoint, restore, checkpoint, restore; the lifecycle's verbs in between.
 fn inside(name: &str) -> Outcome {
     let place = Place::new()?;
-    let (bundle, talk) = workload_bundle(&place, name)?;
+    let (bundle, talk) = Bundle::of_workload(&place, name)?;
     let container = Container::run(&place, &bundle)?;
     talk.await_ready()?;
     talk.ask().map_err(|error| format!("before the checkpoint: {error}"))?;
@@ -76,7 +64,7 @@ fn inside(name: &str) -> Outcome {
 /// A checkpoint that leaves the container running, from which nothing changes for it.
 fn leave_running() -> Outcome {
     let place = Place::new()?;
-    let (bundle, talk) = workload_bundle(&place, "prefork")?;
+    let (bundle, talk) = Bundle::of_workload(&place, "prefork")?;
     let container = Container::run(&place, &bundle)?;
     talk.await_ready()?;
     let tree = processes::tree(container.pid()?);
@@ -93,7 +81,7 @@ fn leave_running() -> Outcome {
 /// A process of the container that is in a cgroup below the container's is there again, and the cgroup is as it was.
 fn cgroups_below() -> Outcome {
     let place = Place::new()?;
-    let (bundle, talk) = workload_bundle(&place, "prefork")?;
+    let (bundle, talk) = Bundle::of_workload(&place, "prefork")?;
     let container = Container::run(&place, &bundle)?;
     talk.await_ready()?;
     let (pid, member) = (container.pid()?, processes::tree(container.pid()?)[1]);
@@ -255,7 +243,7 @@ fn lifecycle_after_restore() -> Outcome {
 /// A plain folder of images (`--image-path`), as runc writes it, instead of the archive; and an archive elsewhere.
 fn image_folder_and_archive() -> Outcome {
     let place = Place::new()?;
-    let (bundle, talk) = workload_bundle(&place, "pipe_content")?;
+    let (bundle, talk) = Bundle::of_workload(&place, "pipe_content")?;
     let container = Container::run(&place, &bundle)?;
     talk.await_ready()?;
     let folder = place.folder("images")?.to_string_lossy().into_owned();

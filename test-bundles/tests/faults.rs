@@ -206,9 +206,9 @@ fn target_changes() -> Outcome {
         command.args(["bash", "-c", close]).arg(&script).current_dir("/");
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let pid = child.map_err(|error| format!("{name}: {error}"))?.id() as i32;
-        wait_for("the script to lead a session", || {
-            rustix::process::getsid(Pid::from_raw(pid)).is_ok_and(|sid| sid == pid_of(pid))
-        })?;
+        // Until then its session may be one of another pid namespace, which is 0 and no pid to rustix.
+        let id = nix::unistd::Pid::from_raw(pid);
+        wait_for("the script to lead a session", || nix::unistd::getsid(Some(id)) == Ok(id))?;
         for round in 0..10 {
             let images = workload.images()?;
             let at = |error: String| format!("{name}, round {round}: {error}");
@@ -226,10 +226,6 @@ fn target_changes() -> Outcome {
     workload.end()
 }
 
-fn pid_of(pid: i32) -> Pid {
-    Pid::from_raw(pid).expect("the pid of a child")
-}
-
 /// A container with the victim in it.
 struct Contained<'place> {
     place: &'place Place,
@@ -240,14 +236,8 @@ struct Contained<'place> {
 
 impl<'place> Contained<'place> {
     fn run(place: &'place Place) -> Outcome<Self> {
-        let (program, work) = (programs::workload()?, place.folder("work")?);
-        let mut bundle = Bundle::new(place, &["/bin/workload", VICTIM, "/work"])?;
-        bundle.add_program(&program)?;
-        let inside = bundle.root("bin/workload");
-        std::fs::copy(&program, &inside).map_err(|error| format!("{}: {error}", inside.display()))?;
-        bundle.privileged().bind(&work, "/work", &["rw"]);
+        let (bundle, talk) = Bundle::of_workload(place, VICTIM)?;
         let container = Container::run(place, &bundle)?;
-        let talk = Talk::new(work);
         talk.await_ready()?;
         talk.ask()?;
         let tree = processes::tree(container.pid()?);

@@ -99,8 +99,9 @@ pub(super) fn inodes(pid: HostPid) -> io::Result<(Inodes, Vec<NamespaceKind>)> {
             others.push(*kind);
         }
     }
-    // A zombie has given up all but its pid and user namespaces (kernel/exit.c, exit_task_namespaces); only it has no mount namespace.
-    if all[NamespaceKind::Mnt as usize] == 0 {
+    // A task that ends gives up all but its pid and user namespaces in one step (kernel/exit.c, exit_task_namespaces); only
+    // such a one has no mount namespace. Asked last, since the step may fall between two of the questions.
+    if inode(NamespaceKind::Mnt.name())? == 0 {
         return Err(io::Error::from(io::ErrorKind::NotFound));
     }
     Ok((all, others))
@@ -192,6 +193,19 @@ mod tests {
         let link = std::fs::read_link("/proc/self/ns/uts").expect("link");
         assert_eq!(link.to_string_lossy(), format!("uts:[{}]", inodes[NamespaceKind::Uts as usize]));
     }
+
+    #[test]
+    fn a_task_that_ends_is_in_all_or_in_none() {
+        let own = inodes(HostPid(std::process::id() as i32)).expect("ns");
+        for _ in 0..100 {
+            let mut child = std::process::Command::new("true").spawn().expect("a child");
+            while let Ok(seen) = inodes(HostPid(child.id() as i32)) {
+                assert_eq!(seen, own);
+            }
+            child.wait().expect("the child's end");
+        }
+    }
+
     #[test]
     fn a_zombie_is_in_none() {
         let mut child = std::process::Command::new("true").spawn().expect("a child");
