@@ -568,7 +568,8 @@ mod tests {
     #[test]
     fn a_state_that_is_being_written_is_waited_for() {
         let directory = tempfile::tempdir().unwrap();
-        let mut library = Library::new("id", ContainerStatus::Creating, None, Path::new("/"), directory.path()).unwrap();
+        let mut library =
+            Library::new("id", ContainerStatus::Creating, None, Path::new("/"), directory.path()).unwrap();
         fs::write(directory.path().join("state.json"), "").unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
