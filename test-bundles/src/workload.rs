@@ -37,7 +37,9 @@ impl Talk {
     /// Waits until the workload is ready; returns its pid as it sees it.
     pub fn await_ready(&self) -> Outcome<i32> {
         let (ready, verdict) = (self.dir.join("ready"), self.dir.join("verdict"));
-        wait_for("the workload to be ready", || ready.exists() || verdict.exists())?;
+        // A script makes the file before it writes to it.
+        let written = || std::fs::metadata(&ready).is_ok_and(|ready| ready.len() > 0);
+        wait_for("the workload to be ready", || written() || verdict.exists())?;
         match std::fs::read_to_string(&ready) {
             Ok(pid) => pid.trim().parse().map_err(|_| format!("the workload wrote an odd pid: {pid}")),
             Err(_) => Err(format!("the workload did not start: {}", read(&verdict)?)),
