@@ -16,7 +16,6 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::ExitCode;
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use ferry_engine::cancel::Cancel;
@@ -30,6 +29,7 @@ use nix::unistd::{ForkResult, Pid, fork};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use crate::ending;
 use crate::failure::{Failure, Outcome};
 
 /// How long a worker that was asked to give up may take for it.
@@ -37,13 +37,8 @@ const GRACE: Duration = Duration::from_secs(10);
 /// The same when nobody watches it any more; then the kernel ends it.
 const GRACE_ALONE: u32 = 15;
 
-/// What asks a command to end.
-const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
 /// What tells the worker that its watcher is gone.
 const ALONE: Signal = Signal::SIGUSR1;
-
-/// What the handlers of the worker tell. Set once, before they are installed.
-static CANCEL: OnceLock<Cancel> = OnceLock::new();
 
 /// What the worker gives to the engine.
 #[derive(Debug)]
@@ -129,9 +124,8 @@ pub fn split() -> Result<Side, Failure> {
     match unsafe { fork() }.map_err(|errno| context(errno.into()))? {
         ForkResult::Child => {
             drop(ours);
-            let cancel = Cancel::default();
-            // Only a worker sets it, and it splits no more.
-            let _ = CANCEL.set(cancel.clone());
+            // Before the handlers that tell it are installed.
+            let cancel = ending::cancel();
             become_worker(&theirs, &watched).map_err(|errno| context(errno.into()))?;
             Ok(Side::Worker(Worker { cancel, journal, _watched: theirs }))
         }
@@ -151,7 +145,7 @@ pub fn split() -> Result<Side, Failure> {
 /// The signals that the watcher waits for, blocked; given back when dropped.
 struct Watched {
     before: SigSet,
-    /// Those of [`ENDING`] that the caller has not chosen to ignore.
+    /// Those that ask this command to end.
     ending: Vec<Signal>,
     signals: SignalFd,
 }
@@ -162,7 +156,7 @@ impl Watched {
         let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
         // SAFETY: no handler of ours is installed or replaced.
         unsafe { sigaction(Signal::SIGCHLD, &default) }?;
-        let ending: Vec<Signal> = ENDING.into_iter().filter(|signal| !is_ignored(*signal)).collect();
+        let ending: Vec<Signal> = ending::not_ignored();
         let set: SigSet = ending.iter().copied().chain([Signal::SIGCHLD]).collect();
         let mut before = SigSet::empty();
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut before))?;
@@ -207,15 +201,6 @@ impl Drop for Watched {
     }
 }
 
-fn is_ignored(signal: Signal) -> bool {
-    let mut found = std::mem::MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: no action is set, and the one in force is written to memory that is large enough; it is read only then.
-    unsafe {
-        libc::sigaction(signal as i32, std::ptr::null(), found.as_mut_ptr()) == 0
-            && found.assume_init().sa_sigaction == libc::SIG_IGN
-    }
-}
-
 /// Makes this process one that gives up when it is told to, or when `watched` is closed at its other end.
 fn become_worker(watched: &OwnedFd, signals: &Watched) -> nix::Result<()> {
     nix::unistd::setsid()?;
@@ -223,7 +208,7 @@ fn become_worker(watched: &OwnedFd, signals: &Watched) -> nix::Result<()> {
     // SAFETY: the handlers do nothing but what a handler may do: an atomic store, and alarm(2) (signal-safety(7)).
     unsafe {
         for signal in &signals.ending {
-            sigaction(*signal, &handler(asked_to_end))?;
+            sigaction(*signal, &handler(ending::note))?;
         }
         sigaction(ALONE, &handler(left_alone))?;
     }
@@ -246,16 +231,8 @@ fn become_worker(watched: &OwnedFd, signals: &Watched) -> nix::Result<()> {
 /// Which signal a descriptor sends (fcntl(2)); the libc crate has no name for it on this target.
 const F_SETSIG: i32 = 10;
 
-extern "C" fn asked_to_end(signal: i32) {
-    if let Some(cancel) = CANCEL.get() {
-        cancel.signal(signal);
-    }
-}
-
 extern "C" fn left_alone(_: i32) {
-    if let Some(cancel) = CANCEL.get() {
-        cancel.caller_gone();
-    }
+    ending::note_caller_gone();
     // The default action of the alarm is the end of this process, should it not come to one.
     // SAFETY: takes a number.
     unsafe { libc::alarm(GRACE_ALONE) };

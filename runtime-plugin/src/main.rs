@@ -14,6 +14,7 @@ mod cli;
 #[cfg(feature = "oci")]
 mod console;
 mod criu;
+mod ending;
 #[cfg(feature = "oci")]
 mod externals;
 mod failure;

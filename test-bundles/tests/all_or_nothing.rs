@@ -6,9 +6,10 @@ use ferry_test_bundles::{
     Bundle, Container, Engine, Outcome, Place, Surroundings, Workload, processes, programs, surroundings, torture,
 };
 use libtest_mimic::{Arguments, Trial};
+use rustix::process::{Pid, Signal, kill_process};
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -202,12 +203,39 @@ fn matrix(face: Face, action: &str) -> Outcome {
                 break;
             }
         }
-        let too_late = action == "error" && ["restore-after-go", "restore-freed"].contains(&point.as_str());
+        let too_late = action != "kill" && ["restore-after-go", "restore-freed"].contains(&point.as_str());
         if (met == 0) != too_late {
             return Err(format!("{point}={action}: met {met} times"));
         }
         saved.succeeds().map_err(|error| format!("after {point}={action}: {error}"))?;
     }
+    place.nothing_left()
+}
+
+/// A signal from outside asks a restore to end: it says so, and nothing is left.
+fn asked_to_end() -> Outcome {
+    let place = Place::new()?;
+    let saved = Saved::new(&place, Face::Host, "household")?;
+    let root = saved.pids[0];
+    for (point, signal) in [
+        ("restore-after-first-task", Signal::INT),
+        ("restore-after-tree", Signal::HUP),
+        ("restore-before-registers", Signal::TERM),
+    ] {
+        let at = |error: String| format!("{point}, {signal:?}: {error}");
+        let mut ferry = saved
+            .command(&["--fault", &format!("{point}=delay:400")])?
+            .spawn()
+            .map_err(|error| at(error.to_string()))?;
+        processes::wait_for("the first task", || Path::new(&format!("/proc/{root}")).exists()).map_err(at)?;
+        kill_process(Pid::from_child(&ferry), signal).map_err(|error| at(error.to_string()))?;
+        let status = ferry.wait().map_err(|error| at(error.to_string()))?;
+        if status.code() != Some(1) || !saved.said().contains("given up: it was ended by SIG") {
+            return Err(at(format!("{status}: {}", saved.said())));
+        }
+        saved.nothing_left().map_err(at)?;
+    }
+    saved.succeeds()?;
     place.nothing_left()
 }
 
@@ -368,6 +396,9 @@ fn main() {
         trial("matrix::host_kill", || matrix(Face::Host, "kill")),
         trial("matrix::container_error", || matrix(Face::Container, "error")),
         trial("matrix::container_kill", || matrix(Face::Container, "kill")),
+        trial("matrix::host_ask", || matrix(Face::Host, "ask")),
+        trial("matrix::container_ask", || matrix(Face::Container, "ask")),
+        trial("asked_to_end", asked_to_end),
         trial("torture::host", || torture(Face::Host)),
         trial("torture::container", || torture(Face::Container)),
         trial("missing::host", || missing(Face::Host)),

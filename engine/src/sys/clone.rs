@@ -11,6 +11,9 @@ use crate::agent::arch;
 /// Start the child in the cgroup2 directory given (Linux 5.7).
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// Start the child with the default actions of signals that have a handler here (Linux 5.5).
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+
 /// `struct clone_args` of clone3(2), as Linux 5.7 has it.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default)]
@@ -80,7 +83,7 @@ pub fn clone_into_runner(task: FirstTask<'_>, code: RemoteAddr, slot: RemoteAddr
         return Err(Errno::EINVAL);
     }
     let arguments = CloneArguments {
-        flags: task.flags | if task.cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 },
+        flags: task.flags | CLONE_CLEAR_SIGHAND | if task.cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 },
         // A child of our parent inherits our own exit signal (clone3(2), CLONE_PARENT).
         exit_signal: if task.flags & libc::CLONE_PARENT as u64 == 0 { libc::SIGCHLD as u64 } else { 0 },
         set_tid: if task.set_tid.is_empty() { 0 } else { task.set_tid.as_ptr() as u64 },

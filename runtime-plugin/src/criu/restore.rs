@@ -14,6 +14,7 @@ use ferry_hooks::Event;
 use super::listen::{Client, Listeners};
 use super::options::Options;
 use super::{images_dir, outside, stats, work_dir, write_new};
+use crate::ending::{self, Heeded};
 use crate::failure::Failure;
 use crate::janitor::Janitor;
 use crate::pid_file::PidFile;
@@ -24,6 +25,7 @@ pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<HostPid, Fa
     super::cpuinfo::check(options, &images)?;
     let listeners = Listeners::new(options, client);
     listeners.tell(Event::PreRestore, None)?;
+    let heeded = Heeded::heed()?;
     let janitor = Janitor::hire(|_| || ())
         .map_err(|error| Failure::from(error).context("cannot start the process that watches over the restore"))?;
     let mut pid_file = None;
@@ -66,6 +68,7 @@ pub fn run(options: &Options, client: Option<&dyn Client>) -> Result<HostPid, Fa
     tracing::info!("Restore finished successfully. Tasks resumed.");
     // The command that takes this process's place waits for it.
     if !options.restore_detached && !options.exec_cmd {
+        heeded.catch_up();
         await_end(restored.pid)?;
     }
     Ok(restored.pid)
@@ -83,6 +86,7 @@ fn restore_options<'a>(options: &Options) -> Result<RestoreOptions<'a>, Failure>
         terminal: crate::own_terminal::own_terminal(options.shell_job)?,
         sibling: options.restore_sibling,
         leave_stopped: options.leave_stopped,
+        cancel: ending::cancel(),
         faults: Faults::new(options.fault.iter().copied()),
         cgroups: super::cgroups::options(options)?,
         ..RestoreOptions::default()

@@ -14,6 +14,7 @@ use super::layer::{Layer, Members};
 use super::{Plan, Source, config};
 use crate::archive;
 use crate::checkpoint::DESCRIPTORS;
+use crate::ending::{self, Heeded};
 use crate::externals;
 use crate::failure::Failure;
 use crate::progress::Bar;
@@ -22,6 +23,8 @@ use crate::progress::Bar;
 /// the tree is left.
 pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(), Failure>) -> Result<(), Failure> {
     let Opened { source, stdio, members, saved } = open(&plan.source)?;
+    // Not before what a pipe has is read, which may take as long as whoever writes to it likes.
+    let heeded = Heeded::heed()?;
     let images = ImageSet::open(source)?;
     let spec = &plan.bundle.spec;
     config::check(&images, saved, spec)?;
@@ -65,10 +68,14 @@ pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(),
         terminal_master: plan.console.socket().map(|_| -> TakeTerminal<'_> {
             Box::new(|master| plan.console.pass(&master).map_err(|error| error.to_string()))
         }),
+        cancel: ending::cancel(),
         faults: Faults::new(plan.args.fault.iter().copied()),
         ..RestoreOptions::default()
     };
     let restored = restore(&images, options)?;
+    if !plan.args.detach {
+        heeded.catch_up();
+    }
     if let Some(work) = &plan.work {
         let stats = work.join("stats-restore");
         if let Err(error) = fs::write(&stats, restored.stats_image()) {
