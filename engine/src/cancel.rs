@@ -3,8 +3,8 @@
 //! Asking is a store to an atomic, so a signal handler may do it. The engine looks at every edge of a phase, between the
 //! batches of agents and between images; what it then returns is an error like any other, so that all is undone in order.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Why it was given up.
@@ -20,7 +20,7 @@ pub enum Cancelled {
     #[error("the process that asked for it is gone")]
     CallerGone,
     /// It took too long.
-    #[error("it took longer than {limit:?}")]
+    #[error("it took longer than the {limit:?} that it was given")]
     TimedOut {
         /// The time that it was given.
         limit: Duration,
@@ -34,14 +34,23 @@ const CALLER_GONE: i32 = -1;
 #[derive(Clone, Debug, Default)]
 pub struct Cancel {
     asked: Arc<AtomicI32>,
-    limit: Option<(Instant, Duration)>,
+    /// When its time is over, and how long it was given.
+    limit: Arc<Mutex<Option<(Instant, Duration)>>>,
 }
 
 impl Cancel {
-    /// The same, and `limit` from now the time is over.
-    #[must_use]
-    pub fn within(self, limit: Duration) -> Self {
-        Self { limit: Instant::now().checked_add(limit).map(|end| (end, limit)), ..self }
+    /// From now on, its time is over `limit` after `start`.
+    pub fn limit(&self, start: Instant, limit: Duration) {
+        self.set_limit(start.checked_add(limit).map(|end| (end, limit)));
+    }
+
+    /// It has all the time there is.
+    pub fn lift_limit(&self) {
+        self.set_limit(None);
+    }
+
+    fn set_limit(&self, limit: Option<(Instant, Duration)>) {
+        *self.limit.lock().unwrap_or_else(PoisonError::into_inner) = limit;
     }
 
     /// Asks, because `signal` came. Async-signal-safe; only the first reason counts.
@@ -54,11 +63,6 @@ impl Cancel {
         self.signal(CALLER_GONE);
     }
 
-    /// How long the operation may still take at most, if that is limited.
-    pub fn time_left(&self) -> Option<Duration> {
-        self.limit.map(|(end, _)| end.saturating_duration_since(Instant::now()))
-    }
-
     /// Whether to go on.
     ///
     /// # Errors
@@ -69,7 +73,7 @@ impl Cancel {
             CALLER_GONE => return Err(Cancelled::CallerGone),
             signal => return Err(Cancelled::Signal { signal }),
         }
-        match self.limit {
+        match *self.limit.lock().unwrap_or_else(PoisonError::into_inner) {
             Some((end, limit)) if Instant::now() >= end => Err(Cancelled::TimedOut { limit }),
             _ => Ok(()),
         }
@@ -99,9 +103,14 @@ mod tests {
 
     #[test]
     fn time_runs_out() {
-        let cancel = Cancel::default().within(Duration::ZERO);
+        let now = Instant::now();
+        let cancel = Cancel::default();
+        cancel.clone().limit(now, Duration::ZERO);
         assert_eq!(cancel.check(), Err(Cancelled::TimedOut { limit: Duration::ZERO }));
-        assert_eq!(cancel.time_left(), Some(Duration::ZERO));
-        assert_eq!(Cancel::default().within(Duration::from_secs(60)).check(), Ok(()));
+        cancel.clone().limit(now, Duration::from_secs(60));
+        assert_eq!(cancel.check(), Ok(()));
+        cancel.limit(now, Duration::ZERO);
+        cancel.lift_limit();
+        assert_eq!(cancel.check(), Ok(()));
     }
 }

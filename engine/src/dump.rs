@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use tracing::{debug, info, info_span};
 
 use crate::agent::{AgentError, NODE};
-use crate::cancel::Cancel;
+use crate::cancel::{Cancel, Cancelled};
 use crate::cgroups::{CgroupOptions, CgroupSets};
 use crate::error::{Refusal, Refusals};
 use crate::fault::{DumpStep, Edge, Faults, Interrupted, Point};
@@ -65,6 +65,9 @@ pub struct DumpOptions {
     pub shell_job: bool,
     /// How long stopping the tree may take.
     pub freeze_deadline: Duration,
+    /// How long the tree may stand still, from before the first stop until it runs on, or until the images are complete. The dump is
+    /// given up at the next edge, batch or chunk then.
+    pub standstill: Option<Duration>,
     /// Most bytes of memory that may be used to let a tree that runs on go before its pages are written.
     pub staging: u64,
     /// The cgroup to freeze while the tree is stopped.
@@ -110,6 +113,7 @@ impl Default for DumpOptions {
             after: After::Kill,
             shell_job: false,
             freeze_deadline: Duration::from_secs(10),
+            standstill: None,
             staging: DEFAULT_STAGING,
             freezer: None,
             files: FilesOptions::default(),
@@ -250,6 +254,19 @@ impl From<AgentError> for DumpError {
 }
 
 impl DumpError {
+    /// That the dump was given up, if that is behind this error: content tells it by errors of reading.
+    fn or_given_up(self) -> Self {
+        let mut error: Option<&(dyn std::error::Error + 'static)> = Some(&self);
+        while let Some(inner) = error {
+            let told = inner.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+            if let Some(cancelled) = told.and_then(|told| told.downcast_ref::<Cancelled>()) {
+                return Self::Interrupted((*cancelled).into());
+            }
+            error = inner.source();
+        }
+        self
+    }
+
     pub(crate) fn read(pid: HostPid, what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Read { pid, what, source }
     }
@@ -293,6 +310,10 @@ pub fn dump_telling(
     dumped.freezing = start.elapsed();
     listening.lock_network()?;
     options.files.external.extend(listening.more_external()?);
+    // What keeps it from being stopped in time is better told by the phase itself.
+    if let Some(limit) = options.standstill {
+        options.cancel.limit(start, limit);
+    }
     let options = &options;
     let mut state = enter(DumpPhase::Collect, options, || {
         let mut list = RobustList::install(NODE).map_err(|errno| AgentError::Inject {
@@ -304,13 +325,14 @@ pub fn dump_telling(
     })?;
     enter(DumpPhase::Recheck, options, || refuse(std::mem::take(&mut state.refusals)))?;
     listening.stopped(sink)?;
-    let sink = &mut Metered::new(sink, &options.progress, state.pages() * PAGE_SIZE);
+    let sink = &mut Metered::new(sink, options, state.pages() * PAGE_SIZE);
     let copied = enter(DumpPhase::Memory, options, || memory::save(&mut state, sink, options, &mut dumped))?;
     let mut stopped = Some(stopped);
     enter(DumpPhase::Release, options, || {
         if options.after == After::Run && !listening.sees_end() {
             stopped.take();
             dumped.frozen = start.elapsed();
+            options.cancel.lift_limit();
         }
         Ok(())
     })?;
@@ -351,7 +373,7 @@ fn enter<T>(
     let start = Instant::now();
     let result = run();
     debug!(took = ?start.elapsed(), ok = result.is_ok(), "phase done");
-    let product = result?;
+    let product = result.map_err(DumpError::or_given_up)?;
     options.edge(Edge::After, phase)?;
     Ok(product)
 }

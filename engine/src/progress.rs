@@ -1,11 +1,12 @@
-//! How far a dump or restore has come with the memory of its tree.
+//! How far a dump or restore has come with the memory of its tree, and that it goes no further once it is given up.
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::dump::Dumped;
+use crate::cancel::Cancel;
+use crate::dump::{DumpOptions, Dumped};
 use crate::images::{Content, Manifest, Sink, SinkError};
 
 /// How images of pages are called, before their number.
@@ -52,17 +53,18 @@ impl fmt::Debug for Progress {
     }
 }
 
-/// Tells of the pages that go through it into a sink.
+/// Tells of the pages that go through it into a sink, and lets nothing through once the dump is given up.
 pub(crate) struct Metered<'a> {
     sink: &'a mut dyn Sink,
     progress: &'a Progress,
+    cancel: &'a Cancel,
 }
 
 impl<'a> Metered<'a> {
     /// Nothing has gone through; `total` bytes will.
-    pub fn new(sink: &'a mut dyn Sink, progress: &'a Progress, total: u64) -> Self {
-        progress.expect(total);
-        Self { sink, progress }
+    pub fn new(sink: &'a mut dyn Sink, options: &'a DumpOptions, total: u64) -> Self {
+        options.progress.expect(total);
+        Self { sink, progress: &options.progress, cancel: &options.cancel }
     }
 }
 
@@ -72,14 +74,12 @@ impl Sink for Metered<'_> {
     }
 
     fn put_raw(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError> {
-        if name.starts_with(PAGES) {
-            return self.sink.put_raw(name, &MeteredContent { content, progress: self.progress });
-        }
-        self.sink.put_raw(name, content)
+        let (progress, cancel) = (name.starts_with(PAGES).then_some(self.progress), self.cancel);
+        self.sink.put_raw(name, &MeteredContent { content, progress, cancel })
     }
 
     fn put_beside(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError> {
-        self.sink.put_beside(name, content)
+        self.sink.put_beside(name, &MeteredContent { content, progress: None, cancel: self.cancel })
     }
 
     fn finish(&mut self, manifest: Manifest) -> Result<Manifest, SinkError> {
@@ -91,9 +91,11 @@ impl Sink for Metered<'_> {
     }
 }
 
+/// Reading it fails with the [`Cancelled`](crate::cancel::Cancelled) once the dump is given up.
 struct MeteredContent<'a> {
     content: &'a dyn Content,
-    progress: &'a Progress,
+    progress: Option<&'a Progress>,
+    cancel: &'a Cancel,
 }
 
 impl Content for MeteredContent<'_> {
@@ -102,8 +104,11 @@ impl Content for MeteredContent<'_> {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.cancel.check().map_err(io::Error::other)?;
         self.content.read_at(offset, buffer)?;
-        self.progress.add(buffer.len() as u64);
+        if let Some(progress) = self.progress {
+            progress.add(buffer.len() as u64);
+        }
         Ok(())
     }
 }
@@ -111,6 +116,7 @@ impl Content for MeteredContent<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cancel::Cancelled;
     use crate::images::{FolderOptions, FolderSink};
     use std::sync::Mutex;
 
@@ -121,7 +127,8 @@ mod tests {
         let heard = told.clone();
         let progress = Progress::new(move |done, total| heard.lock().unwrap().push((done, total)));
         let mut sink = FolderSink::open(folder.path(), FolderOptions::default()).unwrap();
-        let mut metered = Metered::new(&mut sink, &progress, 20 << 20);
+        let options = DumpOptions { progress, ..DumpOptions::default() };
+        let mut metered = Metered::new(&mut sink, &options, 20 << 20);
         metered.put("pagemap-1.img", &[1; 100]).unwrap();
         metered.put_raw("tmpfs-dev-1.tar.gz.img", &vec![1; 100]).unwrap();
         metered.put_raw("pages-1.img", &vec![1; 20 << 20]).unwrap();
@@ -130,5 +137,25 @@ mod tests {
         assert!(told.len() >= 20, "{} calls", told.len());
         assert_eq!(told.last(), Some(&(20 << 20, 20 << 20)));
         assert!(told.windows(2).all(|pair| pair[0].0 < pair[1].0), "{told:?}");
+    }
+
+    #[test]
+    fn given_up_between_two_chunks() {
+        let folder = tempfile::tempdir().unwrap();
+        let cancel = Cancel::default();
+        let (ended, chunks) = (cancel.clone(), Arc::new(AtomicU64::new(0)));
+        let seen = chunks.clone();
+        let progress = Progress::new(move |_, _| {
+            seen.fetch_add(1, Ordering::Relaxed);
+            ended.signal(libc::SIGTERM);
+        });
+        let options = DumpOptions { progress, cancel, ..DumpOptions::default() };
+        let mut sink = FolderSink::open(folder.path(), FolderOptions::default()).unwrap();
+        let failed = Metered::new(&mut sink, &options, 0).put_raw("pages-1.img", &vec![1; 20 << 20]).unwrap_err();
+        let SinkError::Content { source, .. } = failed else { panic!("{failed}") };
+        let why = source.get_ref().and_then(|why| why.downcast_ref::<Cancelled>());
+        assert_eq!(why, Some(&Cancelled::Signal { signal: libc::SIGTERM }));
+        // One by each thread at most.
+        assert!(chunks.load(Ordering::Relaxed) <= 4, "{chunks:?} chunks");
     }
 }

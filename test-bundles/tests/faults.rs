@@ -10,6 +10,7 @@ use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Instant;
 
 /// The victim of most tests.
 const VICTIM: &str = "survivor";
@@ -122,10 +123,72 @@ fn asked_to_end(signal: Signal, name: &str) -> Outcome {
 
 /// Waits until somebody traces the process.
 fn await_tracer(pid: i32) -> Outcome {
-    wait_for("the dump to stop the tree", || {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
-    })
+    wait_for("the dump to stop the tree", || is_traced(pid))
+}
+
+fn is_traced(pid: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+}
+
+/// The tree may stand still for a second, and the dump takes longer, wherever: it says so, and has done no harm. Once the tree runs
+/// on, the dump has all its time.
+fn timeout() -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut victim = Victim::start(&place, VICTIM)?;
+    for point in ["dump-call", "dump-batch", "dump-pages", "dump-records"] {
+        let at = |error: String| format!("{point}: {error}");
+        let images = victim.images()?;
+        let options = ["--timeout", "1", "--fault", &format!("{point}=delay:1100")];
+        let (status, told) = dump(&place, victim.workload.pid, &images, &options)?;
+        if status.code() != Some(1) || !told.contains("longer than the 1s") || !told.contains("run on") {
+            return Err(at(format!("{status}: {told}")));
+        }
+        victim.alone().map_err(at)?;
+        victim.unharmed().map_err(at)?;
+        is_empty(&images).map_err(at)?;
+    }
+    let options = ["--timeout", "1", "--fault", "dump-records=delay:1100", "--leave-running"];
+    let images = victim.images()?;
+    engine.dump(&place, victim.workload.pid, &images, &options)?;
+    victim.unharmed()?;
+    victim.round_trip(&engine)?;
+    victim.end()
+}
+
+/// A signal in the middle of copying a gibibyte: the process does not stand still until all of it is copied.
+fn asked_to_end_among_pages() -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut workload = Workload::start(&place, "vast")?;
+    let images = workload.images()?;
+    let pages = |images: &Path| images.join("pages-1.img").exists();
+    // How long a dump takes from its first page on.
+    let child = start_dump(&place, workload.pid, &images, &["--leave-running"])?;
+    wait_for("the first page", || pages(&images))?;
+    let start = Instant::now();
+    wait_for("the dump to let it go", || !is_traced(workload.pid))?;
+    let usual = start.elapsed();
+    finish(child)?;
+    std::fs::remove_dir_all(&images).map_err(|error| error.to_string())?;
+    let images = workload.images()?;
+    let child = start_dump(&place, workload.pid, &images, &[])?;
+    wait_for("the first page", || pages(&images))?;
+    let ferry = Pid::from_raw(child.id() as i32).ok_or("no pid")?;
+    let start = Instant::now();
+    kill_process(ferry, Signal::TERM).map_err(|error| error.to_string())?;
+    wait_for("the dump to let it go", || !is_traced(workload.pid))?;
+    let took = start.elapsed();
+    let (status, told) = finish(child)?;
+    if status.code() != Some(1) || !told.contains("SIGTERM") || !told.contains("run on") {
+        return Err(format!("{status}: {told}"));
+    }
+    if took > usual / 3 {
+        return Err(format!("it stood still for {took:?} more; copying all of it takes {usual:?}"));
+    }
+    is_empty(&images)?;
+    workload.ask()?;
+    workload.round_trip(&engine)?;
+    workload.end()
 }
 
 /// The images do not fit where they are to go: first nothing does, then all but the memory.
@@ -345,6 +408,8 @@ fn main() {
     let mut plain = |name: &str, run: fn() -> Outcome| {
         trials.push(Trial::test(name, move || run().map_err(Into::into)));
     };
+    plain("timeout", timeout);
+    plain("asked_to_end_among_pages", asked_to_end_among_pages);
     plain("disk_full", disk_full);
     plain("archive_cannot_be_written", archive_cannot_be_written);
     plain("target_dies", target_dies);

@@ -80,8 +80,14 @@ pub fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
         faults: Faults::new(options.fault.iter().copied()),
         ..DumpOptions::default()
     };
-    if let Some(seconds) = options.timeout {
-        dump.freeze_deadline = Duration::from_secs(seconds);
+    match options.timeout {
+        None => {}
+        // As with CRIU, no limit: a century.
+        Some(0) => dump.freeze_deadline = Duration::from_secs(u64::from(u32::MAX)),
+        Some(seconds) => {
+            dump.freeze_deadline = Duration::from_secs(seconds);
+            dump.standstill = Some(dump.freeze_deadline);
+        }
     }
     if let Some(limit) = &options.ghost_limit {
         dump.files.ghost_limit = parse_size(limit)?;

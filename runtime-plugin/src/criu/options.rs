@@ -85,7 +85,7 @@ pub struct Options {
     /// The tree belongs to a shell's job: its session and terminal are its starter's
     #[arg(short = 'j', long)]
     pub shell_job: bool,
-    /// Give up when stopping the tree takes longer
+    /// Give up when the tree would stand still for longer
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
     /// The cgroup to freeze while the tree is stopped

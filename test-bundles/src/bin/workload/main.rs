@@ -107,17 +107,20 @@ fn main() {
                 .collect();
             let _ = std::io::Write::write_all(&mut std::io::stdout(), lines.concat().as_bytes());
         }
-        [_, name, dir] => match all().chain(freezing::FOR_FREEZING).find(|workload| workload.name == name) {
-            Some(workload) => {
-                // What the test's own parents left open is nobody's object under test (make's job server is a pipe).
-                let _ = sys::raw!(SYS_close_range, 3, u32::MAX, 0);
-                // A session of its own, so that the whole of it can be checkpointed. In a container it has one already.
-                let _ = sys::sys!(setsid());
-                let room = Room::new(Path::new(dir));
-                room.serve((workload.setup)(&room));
+        [_, name, dir] => {
+            match all().chain(freezing::FOR_FREEZING).chain(survivor::FOR_FAULTS).find(|workload| workload.name == name)
+            {
+                Some(workload) => {
+                    // What the test's own parents left open is nobody's object under test (make's job server is a pipe).
+                    let _ = sys::raw!(SYS_close_range, 3, u32::MAX, 0);
+                    // A session of its own, so that the whole of it can be checkpointed. In a container it has one already.
+                    let _ = sys::sys!(setsid());
+                    let room = Room::new(Path::new(dir));
+                    room.serve((workload.setup)(&room));
+                }
+                None => std::process::exit(2),
             }
-            None => std::process::exit(2),
-        },
+        }
         _ => std::process::exit(2),
     }
 }

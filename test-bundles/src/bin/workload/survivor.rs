@@ -3,12 +3,17 @@
 //! It counts what it does and compares what it gets, all the time: registers, pipes, timers, sleeps, memory. So a fault
 //! that lasts for a moment is found by the next check, however long after.
 
+use crate::Workload;
+use crate::memory::{PAGE, PRIVATE, READ_WRITE, fill, holds, map};
 use crate::room::{Check, Child, Room};
 use crate::seccomp::kill_on;
 use crate::sys::{Fault, Verdict, ensure, pattern, raw, same, status_field, sys, text, wait_for, zeroed};
 use std::arch::asm;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+/// Workloads of the tests of faults alone: the general ones would take too long with them.
+pub const FOR_FAULTS: &[Workload] = &[Workload { name: "vast", setup: vast, missing: || None }];
 
 /// How often each kind of work was done, in the order of [`KINDS`].
 static DONE: [AtomicU64; 6] = [const { AtomicU64::new(0) }; 6];
@@ -194,6 +199,17 @@ pub fn survivor(room: &Room) -> Result<Check, Fault> {
         echo.ask()?;
         filtered.ask()
     }))
+}
+
+/// Much memory: a number in each page.
+fn vast(_: &Room) -> Result<Check, Fault> {
+    const LENGTH: usize = 1 << 30;
+    let memory = map(LENGTH, READ_WRITE, PRIVATE)?;
+    let number = |at: usize| (at as u64 ^ 0x5a5a).to_ne_bytes();
+    for at in (0..LENGTH).step_by(PAGE) {
+        fill(memory + at, &number(at));
+    }
+    Ok(Box::new(move || (0..LENGTH).step_by(PAGE).try_for_each(|at| holds("a page", memory + at, &number(at)))))
 }
 
 /// Threads that are born and end all the time.
