@@ -4,13 +4,14 @@ use crate::room::{Check, Room};
 use crate::sys::Fault;
 use crate::{epoll, filesystem, pipes, seccomp, sockets, threads, timers, tree};
 
-/// Children in sessions and groups, an adopted one, an exited one, a filter, a deleted file, a pipe in use, listeners, timers, threads.
+/// Children in sessions and groups, an adopted one, an exited one, a stopped one, a filter, a deleted file, a pipe in use, listeners, timers, threads.
 pub fn household(room: &Room) -> Result<Check, Fault> {
     // What forks comes first, so that no child holds what another part is about; threads come last.
     let parts = [
         tree::sessions,
         tree::orphans,
         tree::zombies,
+        tree::stopped_child,
         seccomp::seccomp_filter,
         filesystem::deleted_file,
         pipes::pipe_between_processes,
