@@ -312,3 +312,23 @@ fn a_dump_tells_of_its_processor_and_a_restore_compares_it() -> Outcome {
     workload.ask()?;
     workload.end()
 }
+
+/// Directly after a dump, the tree's processes may wait for their parent yet, who looks for them now and then: a restore waits too.
+#[test]
+fn a_restore_waits_for_pids_to_be_free() -> Outcome {
+    let place = Place::new()?;
+    let mut workload = Workload::start(&place, "threads")?;
+    let (images, engine) = (workload.images()?, Engine::ferry()?);
+    engine.dump(&place, workload.pid, &images, &[])?;
+    let ended = rustix::process::Pid::from_raw(workload.pid).ok_or("no pid")?;
+    let parent = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        rustix::process::waitpid(Some(ended), rustix::process::WaitOptions::empty()).is_ok()
+    });
+    engine.restore(&place, &images, &[])?;
+    if !matches!(parent.join(), Ok(true)) {
+        return Err("the dumped process was not there any more: this test shows nothing".to_owned());
+    }
+    workload.ask()?;
+    workload.end()
+}

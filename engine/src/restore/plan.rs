@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::kill;
@@ -12,7 +14,8 @@ use super::checkpoint::{Checkpoint, TaskImages};
 use super::error::{Obstacle, RestoreError};
 use crate::memory::layout::free_range;
 use crate::memory::vdso::{PARKING, Vdso};
-use crate::sys::{NsPid, PAGE_SIZE};
+use crate::procfs::Stat;
+use crate::sys::{HostPid, NsPid, PAGE_SIZE};
 
 /// A process leader's slot: thousands of calls and their data.
 pub const LEADER_SLOT: usize = 256 << 10;
@@ -22,6 +25,11 @@ pub const THREAD_SLOT: usize = 32 << 10;
 const SPARE_SLOTS: usize = 1;
 /// Where the search for the area begins: above what programs of fixed addresses use.
 const AREA_FROM: u64 = 0x1000_0000;
+/// How long tasks that have ended, of a dump just before most likely, may keep their pids: until their parent waits for them, and there
+/// are inits that look every two seconds.
+const REAPING: Duration = Duration::from_secs(3);
+/// How often they are looked at.
+const GLANCE: Duration = Duration::from_millis(2);
 
 /// What was decided.
 pub struct Plan {
@@ -97,6 +105,8 @@ impl Plan {
         let tree = birth::plan(&members)
             .map_err(|problem| RestoreError::Inconsistent { name: crate::images::Kind::Pstree.name(), problem })?;
         if !circumstances.pid_namespace {
+            let deadline = Instant::now() + REAPING;
+            let taken = |pid| taken(pid, deadline);
             for task in &checkpoint.tasks {
                 for tid in std::iter::once(task.pid).chain(task.threads.iter().map(|thread| thread.tid)) {
                     if taken(tid) {
@@ -147,9 +157,17 @@ fn members(tasks: &[TaskImages], shell_job: bool) -> Vec<Member> {
         .collect()
 }
 
-/// Whether a task has this number; of groups and sessions without tasks only the clone will tell.
-fn taken(pid: NsPid) -> bool {
-    kill(Pid::from_raw(pid.0), None) != Err(Errno::ESRCH)
+/// Whether a task has this number, and will have it after `deadline`; of groups and sessions without tasks only the clone will tell.
+fn taken(pid: NsPid, deadline: Instant) -> bool {
+    while kill(Pid::from_raw(pid.0), None) != Err(Errno::ESRCH) {
+        // Without a pid namespace of their own, tasks have the numbers that ferry sees.
+        let ended = Stat::read(HostPid(pid.0)).is_ok_and(|stat| matches!(stat.state, 'Z' | 'X'));
+        if !ended || Instant::now() >= deadline {
+            return true;
+        }
+        sleep(GLANCE);
+    }
+    false
 }
 
 fn taken_problem(pid: NsPid) -> String {
