@@ -91,22 +91,36 @@ fn what_is_missing_is_named() -> Outcome {
     expect("status", worker.end()?, Some(255))
 }
 
-/// What the processor can do is written and compared on one connection.
+/// A check that is asked to log does, and says that all is well.
+#[test]
+fn a_check_has_a_log() -> Outcome {
+    let place = Place::new()?;
+    let folder = Folder::open(&place.folder("images")?)?;
+    let request = Message::request(kind::CHECK).message(2, &folder.options("check.log"));
+    let (answer, _, _) = Worker::ask(&request, |_| true)?;
+    expect(&answer.reason(), answer.verdict(), (Some(kind::CHECK), true))?;
+    let log = std::fs::read_to_string(folder.path.join("check.log")).map_err(|error| error.to_string())?;
+    expect("the log tells whose it is", log.contains("Version: 4.2 (ferry "), true)?;
+    expect("the log tells the result", log.contains("Looks good."), true)
+}
+
+/// What the processor can do is written and compared on one connection. Each request has the log that it asks for.
 #[test]
 fn the_processor_is_compared() -> Outcome {
     let place = Place::new()?;
     let folder = Folder::open(&place.folder("images")?)?;
     let worker = Worker::start()?;
-    let ask = |kind| {
-        worker
-            .connection()
-            .ask(&Message::request(kind).number(4, 1).message(2, &folder.options("cpuinfo.log").number(20, 7)))
+    let ask = |kind, log| {
+        worker.connection().ask(&Message::request(kind).number(4, 1).message(2, &folder.options(log).number(20, 7)))
     };
-    let early = ask(kind::CPUINFO_CHECK)?;
+    let early = ask(kind::CPUINFO_CHECK, "early.log")?;
     expect_failure(&early, kind::CPUINFO_CHECK, "cpuinfo.img")?;
-    for kind in [kind::CPUINFO_DUMP, kind::CPUINFO_CHECK] {
-        let answer = ask(kind)?;
+    expect("the first log has the reason", folder.last_error("early.log").contains("cpuinfo.img"), true)?;
+    for (kind, log) in [(kind::CPUINFO_DUMP, "dump.log"), (kind::CPUINFO_CHECK, "check.log")] {
+        let answer = ask(kind, log)?;
         expect(&answer.reason(), answer.verdict(), (Some(kind), true))?;
+        let begun = std::fs::read_to_string(folder.path.join(log)).unwrap_or_default();
+        expect(&format!("{log} has begun"), begun.contains("Version: "), true)?;
     }
     expect("status", worker.end()?, Some(0))
 }

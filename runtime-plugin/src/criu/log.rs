@@ -10,11 +10,14 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::time::Instant;
 
+use tracing::dispatcher::{self, DefaultGuard, Dispatch};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
+
+use super::CRIU_VERSION;
 
 /// Lines with the time since the command started, as `(SS.uuuuuu)`.
 struct CriuLine(Instant);
@@ -58,6 +61,19 @@ pub fn install(file: Option<&Path>, level: u32) -> io::Result<()> {
 
 /// Sends events to `file`, or to standard error. `level` is CRIU's, 0 to 4.
 pub fn install_to(file: Option<File>, level: u32) {
+    // A second installation would be a second command in one process, which there is not.
+    let _ = dispatcher::set_global_default(log(file, level));
+    begin();
+}
+
+/// The same, for as long as the guard lives, and for this thread only: one request of several.
+pub fn install_for_now(file: Option<File>, level: u32) -> DefaultGuard {
+    let guard = dispatcher::set_default(&log(file, level));
+    begin();
+    guard
+}
+
+fn log(file: Option<File>, level: u32) -> Dispatch {
     let filter = match level {
         0 => LevelFilter::OFF,
         1 => LevelFilter::ERROR,
@@ -67,9 +83,13 @@ pub fn install_to(file: Option<File>, level: u32) {
     };
     let format =
         tracing_subscriber::fmt().with_max_level(filter).with_ansi(false).event_format(CriuLine(Instant::now()));
-    // A second installation would be a second command in one process, which there is not.
-    let _ = match file {
-        Some(file) => tracing::subscriber::set_global_default(format.with_writer(Mutex::new(file)).finish()),
-        None => tracing::subscriber::set_global_default(format.with_writer(io::stderr).finish()),
-    };
+    match file {
+        Some(file) => format.with_writer(Mutex::new(file)).finish().into(),
+        None => format.with_writer(io::stderr).finish().into(),
+    }
+}
+
+/// The first line, by which a log tells whose it is.
+fn begin() {
+    tracing::debug!("Version: {CRIU_VERSION} (ferry {})", env!("CARGO_PKG_VERSION"));
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 use ferry_engine::preflight;
+use tracing::dispatcher::DefaultGuard;
 
 use super::connection::{Connection, ReceiveError, sentence_for_answer};
 use super::message::{Answer, DumpAnswer, Features, Request, RequestOptions, RequestType, RestoreAnswer, Version};
@@ -204,26 +205,41 @@ impl Session {
             if prepared.options.images_dir.is_none() && prepared.options.work_dir.is_none() {
                 return Err(Failure::new("a log file needs images_dir_fd or work_dir_fd").with_errno(libc::EBADRQC));
             }
-            self.open_log(&prepared)?;
+            let _log = self.open_log_for_now(&prepared)?;
+            return Self::check_host().inspect_err(|failure| tracing::error!("{failure}"));
         }
-        Ok(preflight::check_host()?)
+        Self::check_host()
+    }
+
+    fn check_host() -> Result<(), Failure> {
+        preflight::check_host()?;
+        tracing::info!("Looks good.");
+        Ok(())
     }
 
     fn cpuinfo(&self, kind: RequestType, asked: &RequestOptions) -> Result<(), Failure> {
         let mut prepared = prepare(kind, asked, &self.peer)?;
-        self.open_log(&prepared)?;
+        let _log = self.open_log_for_now(&prepared)?;
         let word = if kind == RequestType::CpuinfoDump { "dump" } else { "check" };
         prepared.options.rest = vec![word.into()];
-        cpuinfo::run(&prepared.options).map(drop)
+        cpuinfo::run(&prepared.options).map(drop).inspect_err(|failure| tracing::error!("{failure}"))
     }
 
-    /// Sends the log into the work folder.
+    /// Sends the log into the work folder, for the last request of the connection.
     fn open_log(&self, prepared: &Prepared) -> Result<(), Failure> {
+        log::install_to(self.log_file(prepared)?, prepared.options.log_level());
+        Ok(())
+    }
+
+    /// The same while the guard lives: the next request has a log of its own.
+    fn open_log_for_now(&self, prepared: &Prepared) -> Result<DefaultGuard, Failure> {
+        Ok(log::install_for_now(self.log_file(prepared)?, prepared.options.log_level()))
+    }
+
+    /// The file for the log of a request, if there is to be one. The work folder is the current one then.
+    fn log_file(&self, prepared: &Prepared) -> Result<Option<File>, Failure> {
         let options = &prepared.options;
-        let Some(name) = &options.log_file else {
-            log::install_to(None, options.log_level());
-            return Ok(());
-        };
+        let Some(name) = &options.log_file else { return Ok(None) };
         let path = work_dir(options).join(name);
         let file = if self.peer.is_trusted() {
             File::create(&path)
@@ -237,11 +253,11 @@ impl Session {
                 .context(format!("cannot create the log file {}", path.display()))
                 .with_errno(libc::EBADRQC)
         })?;
-        log::install_to(Some(file), options.log_level());
         // What the request names by a relative path is there, and scripts run there.
         let folder = work_dir(options);
         std::env::set_current_dir(&folder)
-            .map_err(|error| Failure::from(error).context(format!("cannot change to {}", folder.display())))
+            .map_err(|error| Failure::from(error).context(format!("cannot change to {}", folder.display())))?;
+        Ok(Some(file))
     }
 
     fn may_go_on(prepared: &Prepared) -> Result<(), Failure> {
