@@ -9,13 +9,18 @@
 
 mod image;
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use ferry_cgroup::tree::HierarchyTree;
 use ferry_cgroup::{
     CgroupTree, Frozen, Hierarchies, HierarchyError, Mode, OWN_SET, RestoredCgroups, SaveError, SetTable,
 };
 
+use crate::files::{NameJournal, NewName};
 use crate::images::cgroup::CgroupEntry;
 use crate::images::core::CoreEntry;
 use crate::images::{ImageSet, Kind};
@@ -162,14 +167,41 @@ impl CgroupPlan {
         self.tree.sets.is_empty()
     }
 
-    /// Makes the directories. Dropping what it returns removes them.
+    /// Makes the directories. Dropping what it returns removes them; `journal` is told of each, for when ferry is killed.
     ///
     /// # Errors
     /// Every obstacle at once, before anything is made; or the step that failed.
-    pub fn make(&self) -> Result<Cgroups, ferry_cgroup::RestoreError> {
+    pub fn make(
+        &self,
+        journal: Option<&mut (dyn NameJournal + 'static)>,
+    ) -> Result<Cgroups, ferry_cgroup::RestoreError> {
         let hierarchies = self.options.hierarchies()?;
-        let restored = self.tree.restore_within(self.options.mode, hierarchies)?;
+        let mut record = Record { journal, folders: 0 };
+        let restored =
+            self.tree.restore_within(self.options.mode, hierarchies, &mut |directory| record.coming(directory))?;
         Ok(Cgroups { restored, managed: !self.is_empty(), own: self.own })
+    }
+}
+
+/// Keeps record of directories that are made.
+struct Record<'a> {
+    journal: Option<&'a mut (dyn NameJournal + 'static)>,
+    folders: usize,
+}
+
+impl Record<'_> {
+    fn coming(&mut self, directory: &Path) -> io::Result<()> {
+        let Some(journal) = &mut self.journal else { return Ok(()) };
+        let (Some(above), Some(name)) = (directory.parent(), directory.file_name()) else { return Ok(()) };
+        let folder = File::open(above)?;
+        self.folders += 1;
+        journal.coming(NewName {
+            folder: folder.as_fd(),
+            // From the end on, as the folders of files count from 0.
+            folder_number: usize::MAX - self.folders,
+            name: name.as_bytes(),
+            is_directory: true,
+        })
     }
 }
 

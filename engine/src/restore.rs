@@ -390,7 +390,7 @@ impl<'a> Restore<'a> {
     }
 
     fn first_task(&mut self) -> Result<(), RestoreError> {
-        self.cgroups = Some(self.cgroup_plan.make()?);
+        self.cgroups = Some(self.cgroup_plan.make(self.options.names.as_deref_mut())?);
         if !self.namespaces.has_mount_namespace() && !self.cgroup_plan.is_empty() {
             self.files.check("/")?;
         }

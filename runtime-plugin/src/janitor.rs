@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferry_engine::files::{NameJournal, NewName};
 use ferry_engine::procfs;
@@ -342,6 +342,7 @@ impl Known {
     }
 
     fn remove_names(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
         for (folder, kind, inode, name) in self.names.drain(..).rev() {
             let Some(folder) = self.folders.get(&folder) else { continue };
             let found = statat(folder, &name, AtFlags::SYMLINK_NOFOLLOW);
@@ -350,12 +351,22 @@ impl Known {
             }
             let removed = match kind {
                 Kind::File => unlinkat(folder, &name, AtFlags::empty()).map_err(io::Error::from),
-                Kind::Directory => unlinkat(folder, &name, AtFlags::REMOVEDIR).map_err(io::Error::from),
+                Kind::Directory => remove_directory(folder, &name, deadline).map_err(io::Error::from),
                 Kind::Tree => remove_tree(folder, &name),
             };
             if let Err(error) = removed {
                 tracing::warn!(name = %name.display(), %error, "a file of the killed restore stays");
             }
+        }
+    }
+}
+
+/// Removes a directory once nobody is in it: a cgroup is busy until the last of its tasks, which have been killed, is gone.
+fn remove_directory(folder: &OwnedFd, name: &OsStr, deadline: Instant) -> Result<(), Errno> {
+    loop {
+        match unlinkat(folder, name, AtFlags::REMOVEDIR) {
+            Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+            result => return result,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Every test makes cgroups of its own, called as the test is, in each hierarchy that is mounted; a machine without one of the two
 //! designs tests the other.
 
-use ferry_test_bundles::{Engine, Outcome, Place, Workload, processes};
+use ferry_test_bundles::{Engine, Outcome, Place, Workload, processes, programs};
 use std::path::{Path, PathBuf};
 
 /// Where hierarchies are mounted, with the file that a test changes in them and two values for it.
@@ -242,6 +242,40 @@ fn a_new_root_is_where_cgroups_come_back() -> Outcome {
     for new in &moved {
         let _ = new.directory.parent().map(std::fs::remove_dir);
     }
+    workload.end()
+}
+
+#[test]
+fn a_killed_restore_leaves_no_cgroups() -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let Dumped { workload, images, cgroups, tree } = dumped(&place, &engine, &["--manage-cgroups"])?;
+    remove(&cgroups)?;
+    for point in ["restore-after-first-task", "restore-after-tree", "restore-before-go", "restore-freed"] {
+        let at = |error: String| format!("{point}: {error}");
+        let mut command = engine.command(&place, "restore", &images, "restore.log");
+        command.args(["-d", "--manage-cgroups", "--fault", &format!("{point}=kill")]);
+        let output = programs::run(&mut command).map_err(at)?;
+        if output.status.code().is_some() {
+            return Err(at(format!("it was not killed: {}", programs::said(&output))));
+        }
+        processes::wait_for("its processes to end", || {
+            processes::reap();
+            processes::below().is_empty()
+        })
+        .map_err(at)?;
+        for cgroup in &cgroups {
+            if cgroup.directory.exists() {
+                return Err(at(format!("{} is left", cgroup.directory.display())));
+            }
+        }
+    }
+    engine.restore(&place, &images, &["--manage-cgroups"])?;
+    workload.ask()?;
+    for cgroup in &cgroups {
+        cgroup.has("below", tree[1])?;
+    }
+    processes::end_all_below();
+    remove(&cgroups)?;
     workload.end()
 }
 

@@ -130,15 +130,20 @@ impl CgroupTree {
     /// # Errors
     /// Every obstacle at once, before anything is made; or the step that failed, after which what was made is removed.
     pub fn restore(&self, mode: Mode) -> Result<RestoredCgroups, RestoreError> {
-        self.restore_within(mode, Hierarchies::detect()?)
+        self.restore_within(mode, Hierarchies::detect()?, &mut |_| Ok(()))
     }
 
     /// The same, in hierarchies that are reached otherwise. One that is mounted nowhere, and in which there is something to make, is
-    /// mounted for this.
+    /// mounted for this. `coming` is told of each directory before it is made.
     ///
     /// # Errors
-    /// As [`CgroupTree::restore`].
-    pub fn restore_within(&self, mode: Mode, mut hierarchies: Hierarchies) -> Result<RestoredCgroups, RestoreError> {
+    /// As [`CgroupTree::restore`], and those of `coming`.
+    pub fn restore_within(
+        &self,
+        mode: Mode,
+        mut hierarchies: Hierarchies,
+        coming: &mut dyn FnMut(&Path) -> io::Result<()>,
+    ) -> Result<RestoredCgroups, RestoreError> {
         for saved in
             self.hierarchies.iter().filter(|saved| mode != Mode::Ignore && plan::describes_cgroups(self, saved))
         {
@@ -156,7 +161,7 @@ impl CgroupTree {
         // An early return drops `restored`, which is the undo.
         for step in &plan.steps {
             if !step.exists {
-                restored.make(step)?;
+                restored.make(step, coming)?;
             }
             if writes_properties(mode, step) {
                 restored.restore_permissions(step.cgroup.directory(), step.saved.permissions)?;
@@ -318,7 +323,7 @@ impl RestoredCgroups {
     }
 
     /// Makes a directory and those missing above it.
-    fn make(&mut self, step: &Step<'_>) -> Result<(), RestoreError> {
+    fn make(&mut self, step: &Step<'_>, coming: &mut dyn FnMut(&Path) -> io::Result<()>) -> Result<(), RestoreError> {
         let mut missing = vec![step.cgroup.clone()];
         let directory = step.cgroup.directory();
         for (parent, path) in directory.ancestors().zip(ancestors_of_path(step.cgroup.path())).skip(1) {
@@ -329,7 +334,8 @@ impl RestoredCgroups {
             missing.push(parent);
         }
         for cgroup in missing.into_iter().rev() {
-            fs::create_dir(cgroup.directory())
+            coming(cgroup.directory())
+                .and_then(|()| fs::create_dir(cgroup.directory()))
                 .map_err(|source| RestoreError::Make { path: cgroup.directory().to_owned(), source })?;
             self.changes.push(Change::Made(cgroup.clone()));
             give_cpuset(&cgroup)?;
