@@ -6,11 +6,13 @@
 
 mod collect;
 mod memory;
+mod predump;
 mod records;
 pub(crate) mod relations;
 mod stages;
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -26,6 +28,7 @@ use crate::files::FilesOptions;
 use crate::freeze::{FreezeError, StoppedTree};
 use crate::images::{Manifest, Sink, SinkError};
 use crate::journal::Journal;
+use crate::memory::parent::ParentMemory;
 use crate::memory::reader::{PageReader, ReadPagesError};
 use crate::memory::staging::Staging;
 use crate::namespaces::{CollectNamespacesError, DumpNamespacesError, NamespaceOptions};
@@ -37,6 +40,7 @@ use crate::task::TaskError;
 use stages::Listening;
 
 pub use collect::{ProcessState, TreeState};
+pub use predump::{PRE_DUMP_OPTION, pre_dump};
 pub use stages::{DumpListener, DumpStage, NoListener};
 
 /// What becomes of the tree after it has been saved.
@@ -88,6 +92,10 @@ pub struct DumpOptions {
     pub faults: Faults,
     /// Where the dump notes what somebody has to undo if ferry is killed.
     pub journal: Option<Journal>,
+    /// The memory of earlier images, whose folder the sink names as the parent: pages that are the same are left to it.
+    pub parent: Option<Arc<ParentMemory>>,
+    /// Whether the images may become the parent of others.
+    pub track_memory: bool,
 }
 
 impl DumpOptions {
@@ -122,6 +130,8 @@ impl Default for DumpOptions {
             cancel: Cancel::default(),
             faults: Faults::default(),
             journal: None,
+            parent: None,
+            track_memory: false,
             cgroups: CgroupOptions::default(),
             cpuinfo: false,
         }
@@ -174,6 +184,10 @@ pub struct Dumped {
     pub pages: u64,
     /// Those of them that are of shared memory.
     pub shared_pages: u64,
+    /// Pages of private memory that were left to the parent images.
+    pub parent_pages: u64,
+    /// The same of shared memory.
+    pub shared_parent_pages: u64,
     /// Time from the first stop to the last.
     pub freezing: Duration,
     /// Time that the tree was stopped, as far as it ran on or was ended.
@@ -302,7 +316,7 @@ pub fn dump_telling(
         }
         let runs_on = options.after == After::Run;
         let room = if runs_on { Staging::prepare(outlook.memory, options.staging) } else { Staging::default() };
-        let reader = PageReader::start(room).map_err(DumpError::read(root, "memory"))?;
+        let reader = PageReader::start(room, options.parent.clone()).map_err(DumpError::read(root, "memory"))?;
         Ok((reader, outlook.surroundings, CgroupSets::new(&options.cgroups)?))
     })?;
     let start = Instant::now();

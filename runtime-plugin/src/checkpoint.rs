@@ -195,10 +195,15 @@ pub fn run(global: &Global, args: &CheckpointArgs) -> Outcome {
 fn save_container(global: &Global, args: &CheckpointArgs, worker: &Worker) -> Outcome {
     let container = resolve(global, args)?;
     let spec = container.spec()?;
+    let incremental = [("--pre-dump", args.pre_dump), ("--parent-path", args.parent_path.is_some())];
+    if let Some((flag, _)) = incremental.iter().find(|(_, given)| *given && args.image_path.is_none()) {
+        return Err(Failure::new(format!("{flag} goes with --image-path: archives hold one set of images, and whole")));
+    }
     let destination = destination(args, &container.bundle);
     let plan = Plan { container: &container, spec: &spec, destination, work: args.work_path.clone(), args, worker };
     let summary = save::dump_container(&plan)?;
     if !args.leave_running
+        && !args.pre_dump
         && let Err(left) = remove(&container)
     {
         // The checkpoint is complete, which is what was asked for.
@@ -243,8 +248,6 @@ fn check(global: &Global, args: &CheckpointArgs) -> Outcome {
 /// Flags given whose part of the engine comes later.
 fn later_flags(args: &CheckpointArgs) -> Vec<&'static str> {
     let given = [
-        ("--parent-path", args.parent_path.is_some()),
-        ("--pre-dump", args.pre_dump),
         ("--lazy-pages", args.lazy_pages),
         ("--status-fd", args.status_fd >= 0),
         ("--page-server", args.page_server.is_some()),
@@ -306,7 +309,8 @@ fn sentence(plan: &Plan, summary: &Summary) -> String {
         Destination::Stream(_) => "standard output".to_owned(),
     };
     format!(
-        "checkpointed {}: {} process{}, {} of memory, paused {:.1} ms, {} written to {place}",
+        "{} {}: {} process{}, {} of memory, paused {:.1} ms, {} written to {place}",
+        if plan.args.pre_dump { "pre-dumped" } else { "checkpointed" },
         plan.container.id,
         summary.processes,
         if summary.processes == 1 { "" } else { "es" },
@@ -328,7 +332,7 @@ fn report(plan: &Plan, summary: &Summary) -> serde_json::Value {
         "pause_microseconds": u64::try_from(summary.pause.as_micros()).unwrap_or(u64::MAX),
         "size_bytes": summary.size,
         "path": path,
-        "left_running": plan.args.leave_running,
+        "left_running": plan.args.leave_running || plan.args.pre_dump,
     })
 }
 

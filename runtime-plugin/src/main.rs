@@ -35,6 +35,7 @@ mod logs;
 mod obstacles;
 mod own_terminal;
 mod pid_file;
+mod previous;
 #[cfg(feature = "oci")]
 mod process;
 #[cfg(feature = "oci")]

@@ -61,6 +61,12 @@ impl Engine {
         self.succeed(command.args(["-t", &pid.to_string()]).args(options), &images.join("dump.log"))
     }
 
+    /// Saves the memory of the tree of `pid` into a folder, for a later dump.
+    pub fn pre_dump(&self, place: &Place, pid: i32, images: &Path, options: &[&str]) -> Outcome {
+        let mut command = self.command(place, "pre-dump", images, "dump.log");
+        self.succeed(command.args(["--track-mem", "-t", &pid.to_string()]).args(options), &images.join("dump.log"))
+    }
+
     /// Restores the tree of a folder; it runs on by itself.
     pub fn restore(&self, place: &Place, images: &Path, options: &[&str]) -> Outcome {
         let mut command = self.command(place, "restore", images, "restore.log");

@@ -18,6 +18,7 @@ pub mod kind {
     pub const DUMP: u64 = 1;
     pub const RESTORE: u64 = 2;
     pub const CHECK: u64 = 3;
+    pub const PRE_DUMP: u64 = 4;
     pub const PAGE_SERVER: u64 = 5;
     pub const NOTIFY: u64 = 6;
     pub const CPUINFO_DUMP: u64 = 7;

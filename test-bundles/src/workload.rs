@@ -77,9 +77,35 @@ impl<'place> Workload<'place> {
             place.own_terminals()?;
         }
         let mut command = Command::new(programs::workload()?);
-        command.arg(name).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.arg(name).arg(&dir);
+        Self::spawned(place, dir, command, |_| Ok(()))
+    }
+
+    /// Starts a shell, pre-dumps it, and has it become the workload.
+    pub fn start_late(place: &'place Place, name: &str, engine: &Engine) -> Outcome<Self> {
+        let (dir, images) = (place.folder("work")?, place.folder("images-1")?);
+        let mut command = Command::new("setsid");
+        let script = "while [ ! -e \"$2/go\" ]; do sleep 0.05; done; exec \"$0\" \"$1\" \"$2\"";
+        command.args(["sh", "-c", script]).arg(programs::workload()?).arg(name).arg(&dir);
+        let go = dir.join("go");
+        let started = Self::spawned(place, dir, command, |pid| {
+            processes::wait_for("the shell to wait", || processes::tree(pid).len() > 1)?;
+            engine.pre_dump(place, pid, &images, &[])?;
+            std::fs::write(&go, "").map_err(|error| format!("{}: {error}", go.display()))
+        })?;
+        Ok(Self { rounds: 1, ..started })
+    }
+
+    fn spawned(
+        place: &'place Place,
+        dir: PathBuf,
+        mut command: Command,
+        meanwhile: impl FnOnce(i32) -> Outcome,
+    ) -> Outcome<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn().map_err(|error| format!("cannot start the workload: {error}"))?;
         let talk = Talk::new(dir);
+        meanwhile(child.id() as i32)?;
         let pid = talk.await_ready()?;
         if pid.unsigned_abs() != child.id() {
             return Err(format!("the workload is {pid}, started as {}", child.id()));
@@ -116,6 +142,37 @@ impl<'place> Workload<'place> {
             return Err(format!("the tree is {now:?} after the dump, was {tree:?}"));
         }
         self.ask().map_err(|error| format!("after the dump: {error}"))
+    }
+
+    /// Saves its memory while it runs on, on top of the pre-dump before this one if there was one, and has it look at itself, which
+    /// may change it.
+    pub fn pre_dump(&mut self, engine: &Engine) -> Outcome {
+        let previous = self.previous();
+        let images = self.images()?;
+        let tree = processes::tree(self.pid);
+        let options: Vec<&str> = previous.iter().flat_map(|path| ["--prev-images-dir", path]).collect();
+        engine.pre_dump(self.place, self.pid, &images, &options).map_err(|error| format!("pre-dump: {error}"))?;
+        let now = processes::tree(self.pid);
+        if now != tree {
+            return Err(format!("the tree is {now:?} after the pre-dump, was {tree:?}"));
+        }
+        self.ask().map_err(|error| format!("after the pre-dump: {error}"))
+    }
+
+    /// As [`Self::round_trip`], on top of the last pre-dump or dump; `restorer` may be another engine.
+    pub fn incremental_round_trip(&mut self, dumper: &Engine, restorer: &Engine) -> Outcome {
+        let previous = self.previous().ok_or("there was no dump before")?;
+        let (images, tree) = (self.images()?, processes::tree(self.pid));
+        let options = ["--track-mem", "--prev-images-dir", &previous];
+        dumper.dump(self.place, self.pid, &images, &options).map_err(|error| format!("dump: {error}"))?;
+        processes::await_end(&tree).map_err(|error| format!("after the dump: {error}"))?;
+        restorer.restore(self.place, &images, &[]).map_err(|error| format!("restore: {error}"))?;
+        self.ask().map_err(|error| format!("after the restore: {error}"))
+    }
+
+    /// The last images, as a folder beside them names them.
+    fn previous(&self) -> Option<String> {
+        (self.rounds > 0).then(|| format!("../images-{}", self.rounds))
     }
 
     /// Ends it and sees that nothing is left of it.

@@ -64,6 +64,25 @@ fn archives(runtime: PathBuf) -> Outcome {
     podman.end()
 }
 
+/// `--pre-checkpoint`, `--with-previous` and `--import-previous`, through archives.
+fn after_a_pre_checkpoint(runtime: PathBuf) -> Outcome {
+    let place = Place::new()?;
+    let podman = Podman::new(&place, runtime)?;
+    podman.start("service", &[])?;
+    let archive = |name: &str| place.path(name).to_string_lossy().into_owned();
+    let (earlier, archive) = (archive("earlier.tar"), archive("archive.tar"));
+    let tree = processes::tree(podman.inspect()?.1);
+    podman.run(&["container", "checkpoint", "--pre-checkpoint", "--export", &earlier, NAME])?;
+    podman.is_well("the pre-checkpoint")?;
+    if processes::tree(podman.inspect()?.1) != tree {
+        return Err("the processes are others after the pre-checkpoint".to_owned());
+    }
+    podman.checkpoint(&["--with-previous", "--export", &archive])?;
+    podman.remove()?;
+    podman.restore(&["--import-previous", &earlier, "--import", &archive])?;
+    podman.end()
+}
+
 /// `--ignore-rootfs` leaves out what the container has written; `--file-locks` keeps its locks.
 fn without_files_with_locks(runtime: PathBuf) -> Outcome {
     let place = Place::new()?;
@@ -121,6 +140,16 @@ fn ferry_is_the_runtime_in_place() -> Outcome {
 #[test]
 fn ferry_is_the_runtime_through_archives() -> Outcome {
     archives(programs::ferry()?)
+}
+
+#[test]
+fn ferry_is_the_runtime_after_a_pre_checkpoint() -> Outcome {
+    after_a_pre_checkpoint(programs::ferry()?)
+}
+
+#[test]
+fn runc_is_the_runtime_after_a_pre_checkpoint() -> Outcome {
+    after_a_pre_checkpoint(programs::installed("runc")?)
 }
 
 #[test]

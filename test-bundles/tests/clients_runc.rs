@@ -215,16 +215,22 @@ fn refusals_are_in_the_log() -> Outcome {
     of_runc.end()
 }
 
-/// `--pre-dump` is told to be missing before anything happens.
+/// `--pre-dump` leaves the container running, and the checkpoint after it has pages only that changed since.
 #[test]
-fn pre_dump_is_refused() -> Outcome {
+fn pre_dump() -> Outcome {
     let place = Place::new()?;
     let of_runc = OfRunc::run(&place, writable)?;
-    let folders = of_runc.folders();
-    let output = of_runc.container.try_verb("checkpoint", &OfRunc::options(&folders, &["--pre-dump"]))?;
-    if output.status.success() {
-        return Err("a pre-dump was made, which this version cannot: make it a test".to_owned());
+    let tree = processes::tree(of_runc.container.pid()?);
+    let (earlier, logs) = (place.path("earlier").display().to_string(), of_runc.logs.display().to_string());
+    of_runc.container.verb("checkpoint", &["--pre-dump", "--image-path", &earlier, "--work-path", &logs])?;
+    if processes::tree(of_runc.container.pid()?) != tree {
+        return Err("the processes are others after a pre-dump".to_owned());
     }
-    of_runc.is_well("a refused pre-dump")?;
+    of_runc.is_well("a pre-dump")?;
+    of_runc.checkpoint(&["--parent-path", "../earlier"])?;
+    if std::fs::read_link(of_runc.images.join("parent")).ok() != Some("../earlier".into()) {
+        return Err("the images do not name their parent".to_owned());
+    }
+    of_runc.restore(&[])?;
     of_runc.end()
 }

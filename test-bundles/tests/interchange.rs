@@ -100,6 +100,22 @@ fn ferry_restores_what_criu_dumped() -> Outcome {
     exchange(&Engine::command_line(&from_environment("CRIU")?)?, &Engine::ferry()?)
 }
 
+/// A chain of two pre-dumps and a dump.
+#[test]
+#[ignore = "needs CRIU 4.x: set CRIU to its path"]
+fn criu_restores_what_ferry_pre_dumped() -> Outcome {
+    let (ferry, criu) = (Engine::ferry()?, Engine::command_line(&from_environment("CRIU")?)?);
+    for name in ["rewritten_pages", "rewritten_discarded", "rewritten_files", "rewritten_huge", "rewritten_shared"] {
+        let place = Place::new()?;
+        let mut workload = Workload::start(&place, name)?;
+        workload.pre_dump(&ferry)?;
+        workload.pre_dump(&ferry)?;
+        workload.incremental_round_trip(&ferry, &criu).map_err(|error| format!("{name}: {error}"))?;
+        workload.end()?;
+    }
+    Ok(())
+}
+
 #[test]
 #[ignore = "needs crit of CRIU 4.x: set CRIT to its path"]
 fn crit_decodes_every_image() -> Outcome {

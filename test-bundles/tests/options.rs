@@ -267,7 +267,8 @@ fn what_no_command_takes_is_refused_by_name() -> Outcome {
         ("restore", &["-S"], "--restore-sibling"),
         ("restore", &["-J", "mnt:1"], "--join-ns mnt:1"),
         ("restore", &["--manage-cgroups=hard"], "\"hard\""),
-        ("pre-dump", &[], "pre-dump"),
+        ("pre-dump", &[], "--tree PID"),
+        ("restore", &["--prev-images-dir", "x"], "--prev-images-dir is for dump"),
         ("nonsense", &[], "nonsense"),
     ] {
         let output = programs::run(engine.command(&place, verb, &images, "log").args(words))?;

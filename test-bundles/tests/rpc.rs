@@ -67,7 +67,7 @@ fn version_and_features() -> Outcome {
     // What was not asked for is answered with no.
     expect("lazy_pages", found.get_number(2), Some(0))?;
     expect("pidfd_store", found.get_number(3), Some(1))?;
-    expect("mem_track is answered", found.get_number(1).is_some(), true)?;
+    expect("mem_track", found.get_number(1), Some(1))?;
     expect("status", worker.end()?, Some(0))?;
     let (checked, _, status) = Worker::ask(&Message::request(kind::CHECK), |_| true)?;
     expect("check", (checked.verdict(), status), ((Some(kind::CHECK), true), Some(0)))
@@ -77,7 +77,8 @@ fn version_and_features() -> Outcome {
 #[test]
 fn what_is_missing_is_named() -> Outcome {
     for (request, answer, status, words) in [
-        (kind::SINGLE_PRE_DUMP, kind::SINGLE_PRE_DUMP, 255, "pre-dump"),
+        (kind::SINGLE_PRE_DUMP, kind::SINGLE_PRE_DUMP, 255, "names no images folder"),
+        (kind::PRE_DUMP, kind::PRE_DUMP, 255, "names no images folder"),
         (kind::PAGE_SERVER, kind::PAGE_SERVER, 0, "page server"),
         (kind::WAIT_PID, kind::WAIT_PID, 0, "no such child"),
     ] {
@@ -210,6 +211,41 @@ fn a_round_trip_with_events() -> Outcome {
     for name in ["dump.log", "restore.log", "stats-dump", "stats-restore"] {
         expect(name, std::fs::metadata(folder.path.join(name)).is_ok_and(|file| file.len() > 0), true)?;
     }
+    workload.ask()?;
+    workload.end()
+}
+
+/// Pre-dumps one after the other and the dump on top of them, on one connection; and a pre-dump by itself, as Go programs ask.
+#[test]
+fn pre_dumps_come_before_a_dump() -> Outcome {
+    let place = Place::new()?;
+    let mut workload = Workload::start(&place, "rewritten_pages")?;
+    let folders = [1, 2, 3].map(|_| workload.images().and_then(|path| Folder::open(&path)));
+    let [first, second, third] = folders;
+    let (first, second, third) = (first?, second?, third?);
+    let pid = workload.pid.unsigned_abs().into();
+    let pre_dump = |folder: &Folder| folder.options("pre-dump.log").number(2, pid).number(15, 1);
+    let request = Message::request(kind::SINGLE_PRE_DUMP).message(2, &pre_dump(&first));
+    let (answer, events, status) = Worker::ask(&request, |_| true)?;
+    expect(&answer.reason(), answer.verdict(), (Some(kind::SINGLE_PRE_DUMP), true))?;
+    expect("events", events, Vec::new())?;
+    expect("status", status, Some(0))?;
+    workload.ask()?;
+    let tree = processes::tree(workload.pid);
+    let worker = Worker::start()?;
+    let request = Message::request(kind::PRE_DUMP).message(2, &pre_dump(&second).text(14, "../images-1"));
+    for _ in 0..2 {
+        let answer = worker.connection().ask(&request)?;
+        expect(&answer.reason(), answer.verdict(), (Some(kind::PRE_DUMP), true))?;
+        workload.ask()?;
+    }
+    let options = third.options("dump.log").number(2, pid).number(15, 1).text(14, "../images-2");
+    let answer = worker.connection().ask(&Message::request(kind::DUMP).message(2, &options))?;
+    expect(&answer.reason(), answer.verdict(), (Some(kind::DUMP), true))?;
+    expect("status", worker.end()?, Some(0))?;
+    processes::await_end(&tree)?;
+    let (answer, ..) = Worker::ask(&restore(&third), |_| true)?;
+    expect(&answer.reason(), answer.verdict(), (Some(kind::RESTORE), true))?;
     workload.ask()?;
     workload.end()
 }

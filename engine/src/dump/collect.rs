@@ -155,7 +155,9 @@ pub fn collect_tree(
         processes.push(state);
     }
     let Collector { mut files, mut shared, filters, mut refusals, .. } = collector;
-    shared.collect_pages().map_err(DumpError::read(root, "shared memory"))?;
+    let of_shared = DumpError::read(root, "shared memory");
+    let parent = options.parent.as_deref();
+    shared.collect_pages().and_then(|()| parent.map_or(Ok(()), |parent| shared.leave_to(parent))).map_err(of_shared)?;
     refusals.extend(files.refusals());
     let (found, staging) = reader.finish()?;
     for (process, pages) in processes.iter_mut().filter(|process| !process.is_zombie()).zip(found) {

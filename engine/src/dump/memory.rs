@@ -52,8 +52,9 @@ pub fn save(
         let pid = process.task.pid;
         let copy = process.pages.copy.take();
         let pages = ProcessPages::open(pid, &process.pages.runs).map_err(DumpError::read(pid, "memory"))?;
-        put(process.pagemap_image(), process.pages.runs.dump(), copy, &pages)?;
+        put(process.pagemap_image(), process.pages.entries(), copy, &pages)?;
         dumped.pages += process.pages.runs.pages();
+        dumped.parent_pages += process.pages.pages_in_parent();
     }
     let root: HostPid = state.processes[0].task.pid;
     for (id, object) in state.shared.iter() {
@@ -61,6 +62,7 @@ pub fn save(
         put(records::shared_pagemap_image(id), object.dump(), copy, object)?;
         dumped.pages += object.pages();
         dumped.shared_pages += object.pages();
+        dumped.shared_parent_pages += object.pages_in_parent();
     }
     state.namespaces.dump(sink)?;
     dumped.memory = start.elapsed();

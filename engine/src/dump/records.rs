@@ -11,6 +11,7 @@ use crate::images::inventory::{InventoryEntry, LsmType, PluginsEntry};
 use crate::images::kind::{IMG_VERSION, Kind};
 use crate::images::pagemap::{PagemapEntry, PagemapHead};
 use crate::images::pstree::PstreeEntry;
+use crate::images::set::PARENT_OPTION;
 use crate::images::stats::{DumpStatsEntry, StatsEntry};
 use crate::images::{Content, Encoder, Manifest, Sink, encode};
 use crate::sys::PAGE_SIZE;
@@ -65,11 +66,27 @@ pub fn save(
     if let Some(cgroups) = state.cgroups.dump(&options.cgroups, frozen)? {
         sink.put("cgroup.img", &encode(Kind::Cgroup, &[cgroups]))?;
     }
-    sink.put("inventory.img", &encode(Kind::Inventory, &[inventory(state)]))?;
-    let mut manifest = Manifest::new(kernel_release(), PAGE_SIZE as u32);
+    sink.put("inventory.img", &encode(Kind::Inventory, &[inventory(state, options)]))?;
+    let mut manifest = manifest(options);
     manifest.options.insert("shell_job".into(), options.shell_job.into());
     dumped.manifest = Some(sink.finish(manifest)?);
     Ok(())
+}
+
+/// A manifest that says of which images the dump left pages.
+pub fn manifest(options: &DumpOptions) -> Manifest {
+    let mut manifest = Manifest::new(kernel_release(), PAGE_SIZE as u32);
+    if let Some(digest) = options.parent.as_ref().and_then(|parent| parent.digest()) {
+        manifest.options.insert(PARENT_OPTION.into(), digest.into());
+    }
+    manifest
+}
+
+/// Microseconds since the machine was started. CRIU takes a process that began later than the parent images were made for
+/// another one.
+pub fn uptime() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1000
 }
 
 fn save_process(process: &ProcessState, sink: &mut dyn Sink) -> Result<(), DumpError> {
@@ -111,7 +128,7 @@ fn tree_entry(process: &ProcessState, level: usize) -> PstreeEntry {
     }
 }
 
-fn inventory(state: &TreeState) -> InventoryEntry {
+fn inventory(state: &TreeState, options: &DumpOptions) -> InventoryEntry {
     InventoryEntry {
         img_version: IMG_VERSION,
         fdinfo_per_id: Some(true),
@@ -119,7 +136,7 @@ fn inventory(state: &TreeState) -> InventoryEntry {
         ns_per_id: Some(true),
         root_cg_set: Some(cgroups::ROOT_SET),
         lsmtype: Some(LsmType::NoLsm as i32),
-        dump_uptime: None,
+        dump_uptime: options.track_memory.then(uptime),
         pre_dump_mode: None,
         tcp_close: None,
         network_lock_method: Some(0),
@@ -150,15 +167,15 @@ impl Dumped {
             frozen_time: micros(self.frozen),
             memdump_time: micros(self.memory),
             memwrite_time: micros(self.memory + self.memory_writing),
-            pages_scanned: self.pages - self.shared_pages,
-            pages_skipped_parent: 0,
+            pages_scanned: self.pages - self.shared_pages + self.parent_pages,
+            pages_skipped_parent: self.parent_pages,
             pages_written: self.pages - self.shared_pages,
             irmap_resolve: None,
             pages_lazy: 0,
             page_pipes: None,
             page_pipe_bufs: None,
-            shpages_scanned: Some(self.shared_pages),
-            shpages_skipped_parent: Some(0),
+            shpages_scanned: Some(self.shared_pages + self.shared_parent_pages),
+            shpages_skipped_parent: Some(self.shared_parent_pages),
             shpages_written: Some(self.shared_pages),
         };
         encode(Kind::StatsDump, &[StatsEntry { dump: Some(dump), restore: None }])

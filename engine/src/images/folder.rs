@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use super::content::Content;
 use super::copy::{copy_into_file, default_threads};
 use super::manifest::{MANIFEST_NAME, Manifest};
+use super::parent::{self, PARENT_LINK};
 use super::sink::{Ledger, Sink, SinkError, chunked_digest, is_flat_name, record_digest, write_error};
 use super::source::{RawRegion, Source, SourceError};
 use crate::journal::Journal;
@@ -46,6 +47,8 @@ pub struct FolderSink {
     made: Vec<String>,
     /// Where they are noted too, with the path of the folder.
     journal: Option<(Journal, PathBuf)>,
+    /// Where the folder of the parent images is, seen from this one.
+    parent: Option<PathBuf>,
 }
 
 /// The manifest until it is whole. Not a name that an image may have.
@@ -65,7 +68,7 @@ impl FolderSink {
 
     /// Uses an open folder. Nothing in it is changed before the first image is written.
     pub fn new(folder: OwnedFd, options: FolderOptions) -> Self {
-        Self { folder, options, ledger: Ledger::default(), made: Vec::new(), journal: None }
+        Self { folder, options, ledger: Ledger::default(), made: Vec::new(), journal: None, parent: None }
     }
 
     /// Has the images noted in `journal` until the set is complete, so that somebody else can remove them if ferry is killed. `path` is
@@ -74,6 +77,28 @@ impl FolderSink {
     pub fn noted_in(mut self, journal: Option<Journal>, path: &Path) -> Self {
         self.journal = journal.map(|journal| (journal, path.to_owned()));
         self
+    }
+
+    /// Has the folder name `parent`, a path seen from it, as that of its parent images; without, it names none.
+    #[must_use]
+    pub fn with_parent(mut self, parent: Option<PathBuf>) -> Self {
+        self.parent = parent;
+        self
+    }
+
+    /// Makes the link to the parent, in place of one that may be there.
+    fn link_parent(&mut self) -> Result<(), SinkError> {
+        let failed = |source: Errno| SinkError::Create { name: PARENT_LINK.to_owned(), source: source.into() };
+        match remove(&self.folder, PARENT_LINK) {
+            // A folder is not ours to remove, and does no harm where no parent is wanted.
+            Err(Errno::ISDIR) if self.parent.is_none() => {}
+            result => result.map_err(failed)?,
+        }
+        let Some(parent) = &self.parent else { return Ok(()) };
+        self.note(PARENT_LINK);
+        rustix::fs::symlinkat(parent, &self.folder, PARENT_LINK).map_err(failed)?;
+        self.made.push(PARENT_LINK.to_owned());
+        Ok(())
     }
 
     fn note(&self, name: &str) {
@@ -86,6 +111,7 @@ impl FolderSink {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         if self.made.is_empty() {
             remove(&self.folder, MANIFEST_NAME).map_err(|source| write_error(MANIFEST_NAME, source.into()))?;
+            self.link_parent()?;
         }
         self.note(name);
         let file = remove(&self.folder, name)
@@ -129,6 +155,10 @@ impl FolderSource {
 }
 
 impl Source for FolderSource {
+    fn parent(&self) -> Result<Option<Box<dyn Source>>, SourceError> {
+        Ok(parent::open(&self.folder)?.map(|folder| Box::new(Self::new(folder)) as _))
+    }
+
     fn names(&self) -> Result<Vec<String>, SourceError> {
         let failed = |source: Errno| SourceError::Folder { path: ".".to_owned(), source: source.into() };
         let mut names = Vec::new();

@@ -4,7 +4,8 @@
 //! - [`kind`]: which images there are, their names and magic numbers;
 //! - [`frame`]: entries within an image: encoding, and decoding with bounds;
 //! - [`sink`]: where a dump writes to: a [`folder`] or a tar [`archive`]; [`content`] is what is read while it is written;
-//! - [`source`]: where a restore reads from: the same two; [`set`] verifies and decodes;
+//! - [`source`]: where a restore reads from: the same two; [`set`] verifies and decodes; [`parent`]: where pages are that an incremental
+//!   dump left out;
 //! - [`layout`]: which messages make up each kind;
 //! - [`digest`], [`manifest`]: `ferry.json`, by which damage is noticed.
 //!
@@ -21,6 +22,7 @@ pub mod frame;
 pub mod kind;
 pub mod layout;
 pub mod manifest;
+pub mod parent;
 mod record;
 pub mod set;
 pub mod sink;

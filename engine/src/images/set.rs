@@ -7,23 +7,51 @@ use super::frame::{decode_all, decode_one};
 use super::kind::{ImageName, Kind};
 use super::layout::first_unknown;
 use super::manifest::{Digest, ImageDigest, MANIFEST_NAME, Manifest};
+use super::parent::{MAX_CHAIN, PARENT_LINK};
 use super::source::{RawImage, RawRegion, Source, SourceError};
+
+/// The option of a manifest that holds the digest of the parent's.
+pub const PARENT_OPTION: &str = "parent";
 
 /// A source with its manifest, if it has one. With a manifest, images that it does not list are not there.
 pub struct ImageSet {
     source: Box<dyn Source>,
     manifest: Option<Manifest>,
+    /// SHA-256 of the manifest's file.
+    digest: Option<String>,
+    parent: Option<Box<Self>>,
 }
 
 impl ImageSet {
-    /// Reads the manifest and checks that every image it lists is there and as long as it was. Whether it was made for this
-    /// machine is [`Manifest::check_architecture`]'s to say.
+    /// Reads the manifest and checks that every image it lists is there and as long as it was; so for the parents of an
+    /// incremental dump. Whether it was made for this machine is [`Manifest::check_architecture`]'s to say.
     ///
     /// # Errors
     /// [`SourceError`].
     pub fn open(source: Box<dyn Source>) -> Result<Self, SourceError> {
-        let manifest = source.get(MANIFEST_NAME)?.map(|bytes| Manifest::from_bytes(&bytes)).transpose()?;
-        let set = Self { source, manifest };
+        // From the oldest on, so that no long chain makes deep calls.
+        let mut chain = vec![source];
+        while let Some(parent) = chain[chain.len() - 1].parent()? {
+            if chain.len() == MAX_CHAIN {
+                let problem = format!("their parents are more than {MAX_CHAIN}, or come back to themselves");
+                return Err(SourceError::Parent { problem });
+            }
+            chain.push(parent);
+        }
+        let mut oldest = None;
+        while let Some(source) = chain.pop() {
+            oldest = Some(Box::new(Self::open_one(source, oldest)?));
+        }
+        // There was one at least.
+        oldest.map(|set| *set).ok_or(SourceError::Missing { name: MANIFEST_NAME.to_owned() })
+    }
+
+    fn open_one(source: Box<dyn Source>, parent: Option<Box<Self>>) -> Result<Self, SourceError> {
+        let bytes = source.get(MANIFEST_NAME)?;
+        let manifest = bytes.as_ref().map(|bytes| Manifest::from_bytes(bytes)).transpose()?;
+        let digest = bytes.map(|bytes| sha256(&bytes));
+        let set = Self { source, manifest, digest, parent };
+        set.check_parent()?;
         for (name, listed) in set.manifest.iter().flat_map(|manifest| &manifest.images) {
             let region = set.source.find(name)?.ok_or_else(|| SourceError::Missing { name: name.clone() })?;
             if region.len() != listed.length {
@@ -32,6 +60,34 @@ impl ImageSet {
             }
         }
         Ok(set)
+    }
+
+    /// The parent must be the set that this one was made with.
+    fn check_parent(&self) -> Result<(), SourceError> {
+        let wanted = self.manifest.as_ref().and_then(|manifest| manifest.options.get(PARENT_OPTION));
+        let found = self.parent.as_ref().map(|parent| parent.digest.as_deref());
+        let problem = match (wanted.and_then(|wanted| wanted.as_str()), found) {
+            (None, _) => return Ok(()),
+            (Some(wanted), Some(Some(found))) if wanted == found => return Ok(()),
+            (Some(_), None) => format!("the link to their parent images, {PARENT_LINK}, is missing"),
+            (Some(_), Some(_)) => "their parent images are not those that they were made with".to_owned(),
+        };
+        Err(SourceError::Parent { problem })
+    }
+
+    /// The set that holds the pages which this one, made incrementally, left out.
+    pub fn parent(&self) -> Option<&Self> {
+        self.parent.as_deref()
+    }
+
+    /// This set, its parent, that one's parent and so on.
+    pub fn chain(&self) -> impl Iterator<Item = &Self> {
+        std::iter::successors(Some(self), |set| set.parent())
+    }
+
+    /// What tells this set from any other: the SHA-256 of its manifest. `None` for a set that CRIU made.
+    pub fn digest(&self) -> Option<&str> {
+        self.digest.as_deref()
     }
 
     /// The manifest; `None` for a set that CRIU made.
@@ -241,5 +297,59 @@ mod tests {
         std::fs::write(folder.path().join("fs-1.img"), unknown).unwrap();
         let sentence = set.check_understood().unwrap_err().to_string();
         assert!(sentence.contains("fs-1.img: the entry at offset 8"), "{sentence}");
+    }
+
+    fn child_of(parent: &str, folder: &Path, digest: Option<String>) {
+        let options = FolderOptions::default();
+        let mut sink = FolderSink::open(folder, options).unwrap().with_parent(Some(parent.into()));
+        sink.put_raw("pages-1.img", &vec![7; 4096]).unwrap();
+        let mut manifest = Manifest::new("6.18", 4096);
+        manifest.options.extend(digest.map(|digest| (PARENT_OPTION.to_owned(), digest.into())));
+        sink.finish(manifest).unwrap();
+    }
+
+    #[test]
+    fn a_chain_is_opened_and_must_be_the_one_that_was_dumped() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = |name: &str| {
+            let path = place.path().join(name);
+            let _ = std::fs::create_dir(&path);
+            path
+        };
+        child_of("../0", &folder("1"), None);
+        assert!(matches!(open(&folder("1")), Err(SourceError::Parent { .. })), "the parent is not there");
+        std::fs::rename(folder_with_set().keep(), folder("0")).unwrap();
+        child_of("../1", &folder("2"), open(&folder("1")).unwrap().digest().map(str::to_owned));
+        let chain = open(&folder("2")).unwrap();
+        assert_eq!(chain.chain().count(), 3);
+        assert!(chain.parent().is_some_and(|parent| parent.parent().is_some()));
+        // Another set takes the parent's place.
+        child_of("../0", &folder("1"), Some("none".into()));
+        let sentence = open(&folder("2")).err().unwrap().to_string();
+        assert!(sentence.contains("not those that they were made with"), "{sentence}");
+        child_of("../0", &folder("1"), None);
+        std::fs::remove_file(folder("2").join("parent")).unwrap();
+        let sentence = open(&folder("2")).err().unwrap().to_string();
+        assert!(sentence.contains("missing"), "{sentence}");
+    }
+
+    #[test]
+    fn a_chain_that_comes_back_to_itself_ends() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = place.path().join("1");
+        std::fs::create_dir(&folder).unwrap();
+        child_of("../1", &folder, None);
+        let sentence = open(&folder).err().unwrap().to_string();
+        assert!(sentence.contains("come back to themselves"), "{sentence}");
+    }
+
+    #[test]
+    fn a_set_that_is_written_without_a_parent_names_none() {
+        let place = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/etc", place.path().join("parent")).unwrap();
+        let mut sink = FolderSink::open(place.path(), FolderOptions::default()).unwrap();
+        sink.put("core-1.img", b"record").unwrap();
+        sink.finish(Manifest::new("6.18", 4096)).unwrap();
+        assert!(open(place.path()).unwrap().parent().is_none());
     }
 }

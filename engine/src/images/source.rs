@@ -29,6 +29,14 @@ pub trait Source: Send + Sync {
     /// [`SourceError`], if there is something else of this name.
     fn find(&self, name: &str) -> Result<Option<RawRegion>, SourceError>;
 
+    /// The source of the parent images, if the set was made incrementally.
+    ///
+    /// # Errors
+    /// [`SourceError::Parent`].
+    fn parent(&self) -> Result<Option<Box<dyn Source>>, SourceError> {
+        Ok(None)
+    }
+
     /// Reads an image of at most [`MAX_RECORD_IMAGE`] bytes.
     ///
     /// # Errors
@@ -211,6 +219,9 @@ pub enum SourceError {
     /// The manifest lists it, but there is none.
     #[error("image {name} is missing: {MANIFEST_NAME} lists it", MANIFEST_NAME = super::manifest::MANIFEST_NAME)]
     Missing { name: String },
+    /// The images of an earlier dump, which hold some of the pages, cannot be had.
+    #[error("the images are of an incremental dump: {problem}")]
+    Parent { problem: String },
     /// Shorter or longer than the manifest says.
     #[error("image {name} is damaged: it has {found} bytes, {expected} were dumped")]
     Length { name: String, found: u64, expected: u64 },

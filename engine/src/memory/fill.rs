@@ -6,23 +6,21 @@
 //! anonymous memory, whatever its protection.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 
 use super::inherit::PageWrite;
+use super::parallel::in_parallel;
 use crate::images::digest::{CHUNK, chunk_length};
 use crate::images::{RawImage, SourceError};
 use crate::progress::Progress;
 use crate::sys::process_vm::{self, MAX_RANGES};
-use crate::sys::view::FileView;
+use crate::sys::view::{FilePart, FileView};
 use crate::sys::{HostPid, userfaultfd};
 
 /// Most bytes that one thread takes at a time.
 const PIECE: u64 = 1 << 20;
-/// Below this, more threads cost more than they gain.
-const WORTH_THREADS: u64 = 4 << 20;
 /// From this on, fresh memory of a mapping is filled through userfaultfd(2).
 pub const WORTH_USERFAULTFD: u64 = 8 << 20;
 
@@ -44,27 +42,45 @@ pub enum FillError {
     Image(#[from] SourceError),
 }
 
-/// A pages image in memory, whose chunks are verified before they are first used.
+/// Pages images in memory, one behind the other, whose chunks are verified before they are first used. Offsets are in all of them
+/// together.
 pub struct Pages {
-    image: RawImage,
+    images: Vec<Placed>,
     view: FileView,
-    /// Per chunk, whether it has been verified.
-    verified: Vec<AtomicBool>,
     /// Told of what is taken from them.
     pub(crate) progress: Progress,
 }
 
+/// One of the images.
+struct Placed {
+    start: u64,
+    image: RawImage,
+    /// Per chunk, whether it has been verified.
+    verified: Vec<AtomicBool>,
+}
+
 impl Pages {
-    /// Maps `image`.
+    /// Maps `images`; also returns where each begins.
     ///
     /// # Errors
     /// [`SourceError::Read`].
-    pub fn open(name: &str, image: RawImage) -> Result<Self, SourceError> {
-        let region = image.region();
-        let view = FileView::map(region.file(), region.offset(), region.len())
-            .map_err(|errno| SourceError::Read { name: name.to_owned(), source: errno.into() })?;
-        let verified = (0..image.chunk_count()).map(|_| AtomicBool::new(false)).collect();
-        Ok(Self { image, view, verified, progress: Progress::default() })
+    pub fn open(images: Vec<(String, RawImage)>) -> Result<(Self, Vec<u64>), SourceError> {
+        let part = |(_, image): &'_ (String, RawImage)| image.region().clone();
+        let regions: Vec<_> = images.iter().map(part).collect();
+        let parts: Vec<_> = regions
+            .iter()
+            .map(|region| FilePart { file: region.file(), offset: region.offset(), length: region.len() })
+            .collect();
+        let (view, starts) = FileView::map(&parts).map_err(|errno| SourceError::Read {
+            name: images.first().map_or_else(String::new, |(name, _)| name.clone()),
+            source: errno.into(),
+        })?;
+        let placed = |((_, image), start): ((String, RawImage), &u64)| {
+            let verified = (0..image.chunk_count()).map(|_| AtomicBool::new(false)).collect();
+            Placed { start: *start, image, verified }
+        };
+        let images = images.into_iter().zip(&starts).map(placed).collect();
+        Ok((Self { images, view, progress: Progress::default() }, starts))
     }
 
     /// All bytes, verified or not.
@@ -77,23 +93,41 @@ impl Pages {
     /// # Errors
     /// [`SourceError::Damaged`].
     pub fn verify(&self, offset: u64, length: u64) -> Result<(), SourceError> {
-        let last = (offset + length.max(1) - 1) / CHUNK;
-        for index in offset / CHUNK..=last {
-            let Some(seen) = self.verified.get(index as usize) else { break };
-            if !seen.load(Ordering::Relaxed) {
-                let start = (index * CHUNK) as usize;
-                let chunk = &self.bytes()[start..start + chunk_length(self.image.len(), index)];
-                self.image.verify_chunk(index, chunk)?;
-                seen.store(true, Ordering::Relaxed);
-            }
-        }
-        Ok(())
+        let end = offset + length.max(1);
+        self.images.iter().try_for_each(|placed| {
+            let start = offset.max(placed.start);
+            let end = end.min(placed.start + placed.image.len());
+            if start < end { placed.verify(start - placed.start..end - placed.start, self.bytes()) } else { Ok(()) }
+        })
+    }
+
+    /// A part, brought in at once and not verified: to be compared.
+    pub fn peek(&self, offset: u64, length: u64) -> &[u8] {
+        let range = offset as usize..(offset + length) as usize;
+        self.view.populate(range.clone());
+        &self.bytes()[range]
     }
 
     fn part(&self, offset: u64, length: u64) -> Result<&[u8], SourceError> {
         self.verify(offset, length)?;
         self.progress.add(length);
         Ok(&self.bytes()[offset as usize..(offset + length) as usize])
+    }
+}
+
+impl Placed {
+    /// Verifies the chunks of `range` of the image; `bytes` are those of all images.
+    fn verify(&self, range: std::ops::Range<u64>, bytes: &[u8]) -> Result<(), SourceError> {
+        for index in range.start / CHUNK..=(range.end - 1) / CHUNK {
+            let Some(seen) = self.verified.get(index as usize) else { break };
+            if !seen.load(Ordering::Relaxed) {
+                let start = (self.start + index * CHUNK) as usize;
+                let chunk = &bytes[start..start + chunk_length(self.image.len(), index)];
+                self.image.verify_chunk(index, chunk)?;
+                seen.store(true, Ordering::Relaxed);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -133,7 +167,7 @@ pub fn write(pid: HostPid, pages: &Pages, writes: &[PageWrite]) -> Result<(), Fi
         calls.push(call);
         rest = others;
     }
-    in_parallel(total(writes), &calls, |call| write_call(pid, pages, call))
+    in_parallel(total(writes), &calls, || (), |(), call| write_call(pid, pages, call))
 }
 
 fn write_call(pid: HostPid, pages: &Pages, call: &[PageWrite]) -> Result<(), FillError> {
@@ -167,15 +201,20 @@ fn write_call(pid: HostPid, pages: &Pages, call: &[PageWrite]) -> Result<(), Fil
 /// # Errors
 /// [`FillError`]; a part may have been placed.
 pub fn place(pid: HostPid, uffd: BorrowedFd<'_>, pages: &Pages, writes: &[PageWrite]) -> Result<(), FillError> {
-    in_parallel(total(writes), &cut(writes), |piece| {
-        pages.view.populate(piece.offset as usize..(piece.offset + piece.length) as usize);
-        let bytes = pages.part(piece.offset, piece.length)?;
-        userfaultfd::copy(uffd.as_fd(), piece.address, bytes).map_err(|errno| FillError::Write {
-            pid,
-            address: piece.address,
-            errno,
-        })
-    })
+    in_parallel(
+        total(writes),
+        &cut(writes),
+        || (),
+        |(), piece| {
+            pages.view.populate(piece.offset as usize..(piece.offset + piece.length) as usize);
+            let bytes = pages.part(piece.offset, piece.length)?;
+            userfaultfd::copy(uffd.as_fd(), piece.address, bytes).map_err(|errno| FillError::Write {
+                pid,
+                address: piece.address,
+                errno,
+            })
+        },
+    )
 }
 
 /// The descriptor of [`place`], made by the task and taken over, and the ranges that it serves.
@@ -189,36 +228,6 @@ pub fn register(uffd: &OwnedFd, ranges: &[std::ops::Range<u64>]) -> nix::Result<
 
 fn total(writes: &[PageWrite]) -> u64 {
     writes.iter().map(|write| write.length).sum()
-}
-
-/// Runs `work` on every item, with as many threads as there are processors when there are `bytes` enough; the first error ends it.
-fn in_parallel<T: Sync>(
-    bytes: u64,
-    items: &[T],
-    work: impl Fn(&T) -> Result<(), FillError> + Sync,
-) -> Result<(), FillError> {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from).min(4);
-    let threads = if bytes < WORTH_THREADS { 1 } else { processors.min(items.len()) };
-    if threads <= 1 {
-        return items.iter().try_for_each(work);
-    }
-    let next = AtomicUsize::new(0);
-    let failure = Mutex::new(None);
-    let run = || {
-        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = work(item) {
-                next.store(items.len(), Ordering::Relaxed);
-                failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(run);
-        }
-        run();
-    });
-    failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
 #[cfg(test)]
@@ -238,24 +247,5 @@ mod tests {
             assert_eq!(piece.offset / PIECE, (piece.offset + piece.length - 1) / PIECE);
         }
         assert_eq!((pieces[1].address, pieces[1].offset), (0x2000, PIECE));
-    }
-
-    #[test]
-    fn all_items_are_done_by_all_threads_and_an_error_is_told() {
-        let done = AtomicUsize::new(0);
-        let items: Vec<u64> = (0..100).collect();
-        let count = |_: &u64| {
-            done.fetch_add(1, Ordering::Relaxed);
-            Ok(())
-        };
-        in_parallel(WORTH_THREADS, &items, count).unwrap();
-        assert_eq!(done.into_inner(), 100);
-        let fail = |item: &u64| {
-            if *item == 50 {
-                return Err(FillError::Write { pid: HostPid(1), address: *item, errno: Errno::EFAULT });
-            }
-            Ok(())
-        };
-        assert!(matches!(in_parallel(WORTH_THREADS, &items, fail), Err(FillError::Write { address: 50, .. })));
     }
 }

@@ -13,8 +13,8 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use crate::images::pagemap::PagemapEntry;
 use crate::memory::mappings::{Kind, Mapping};
+use crate::memory::parent::without;
 use crate::sys::pagemap::{FILE, PFNZERO, PRESENT, PageRegion, Pagemap, SWAPPED, WORD_EXCLUSIVE, WORD_PRESENT, Wanted};
 use crate::sys::{HostPid, PAGE_SIZE, process_vm};
 
@@ -34,32 +34,50 @@ impl PageRuns {
     /// # Errors
     /// Those of opening and scanning the page map.
     pub fn collect(pid: HostPid, mappings: &[Mapping]) -> io::Result<Self> {
+        let found = Self::find(pid, mappings)?;
+        let mut runs = found.runs;
+        // The vdso belongs to the kernel, but whoever restores compares it with its own.
+        runs.extend(mappings.iter().filter(|mapping| mapping.kind == Kind::Vdso).map(|vdso| vdso.range.clone()));
+        runs.sort_by_key(|run| run.start);
+        Ok(Self::of(runs))
+    }
+
+    /// The same without the vdso's.
+    ///
+    /// # Errors
+    /// As [`Self::collect`].
+    pub fn find(pid: HostPid, mappings: &[Mapping]) -> io::Result<Self> {
         let wanted =
             Wanted { all_of: FILE | PFNZERO, inverted: FILE | PFNZERO, any_of: PRESENT | SWAPPED, report: PRESENT };
         let mut regions = Vec::new();
         let end = mappings.iter().rev().find(|mapping| mapping.kind != Kind::Vsyscall).map_or(0, |last| last.range.end);
+        Pagemap::open(pid)?.scan(0..end, wanted, &mut regions)?;
+        Ok(Self::of(Self::intersect(&regions, mappings)))
+    }
+
+    /// Finds out which of the pages other tasks map too, so that they are read without harm.
+    ///
+    /// # Errors
+    /// Those of reading the page map.
+    pub fn find_shared(&mut self, pid: HostPid) -> io::Result<()> {
         let pagemap = Pagemap::open(pid)?;
-        pagemap.scan(0..end, wanted, &mut regions)?;
-        let mut runs = Self::intersect(&regions, mappings);
-        // The vdso belongs to the kernel, but whoever restores compares it with its own.
-        runs.extend(mappings.iter().filter(|mapping| mapping.kind == Kind::Vdso).map(|vdso| vdso.range.clone()));
-        runs.sort_by_key(|run| run.start);
-        let mut collected = Self::new(runs);
-        for run in &collected.runs {
+        self.shared.clear();
+        for run in &self.runs {
             for (page, word) in (run.start..).step_by(PAGE_SIZE as usize).zip(pagemap.words(run.clone())?) {
                 if word & (WORD_PRESENT | WORD_EXCLUSIVE) != WORD_PRESENT {
                     continue;
                 }
-                match collected.shared.last_mut() {
+                match self.shared.last_mut() {
                     Some(last) if last.end == page => last.end += PAGE_SIZE,
-                    _ => collected.shared.push(page..page + PAGE_SIZE),
+                    _ => self.shared.push(page..page + PAGE_SIZE),
                 }
             }
         }
-        Ok(collected)
+        Ok(())
     }
 
-    fn new(runs: Vec<Range<u64>>) -> Self {
+    /// Runs in address order, of pages that no other task maps.
+    pub fn of(runs: Vec<Range<u64>>) -> Self {
         let mut offsets = Vec::with_capacity(runs.len() + 1);
         let mut offset = 0;
         for run in &runs {
@@ -100,6 +118,17 @@ impl PageRuns {
         runs
     }
 
+    /// Takes `ranges`, ascending, out: they are not to be saved.
+    pub fn leave_out(&mut self, ranges: &[Range<u64>]) {
+        let left = Self::of(without(&self.runs, ranges));
+        (self.runs, self.offsets) = (left.runs, left.offsets);
+    }
+
+    /// The runs, in address order.
+    pub fn runs(&self) -> &[Range<u64>] {
+        &self.runs
+    }
+
     /// How many bytes the pages take.
     pub fn bytes(&self) -> u64 {
         self.offsets.last().copied().unwrap_or(0)
@@ -110,13 +139,8 @@ impl PageRuns {
         self.bytes() / PAGE_SIZE
     }
 
-    /// The entries of the pagemap image.
-    pub fn dump(&self) -> Vec<PagemapEntry> {
-        PagemapEntry::present(&self.runs)
-    }
-
     /// The address ranges behind `len` bytes of the image from `offset`.
-    fn ranges(&self, offset: u64, len: u64) -> Vec<Range<u64>> {
+    pub fn ranges(&self, offset: u64, len: u64) -> Vec<Range<u64>> {
         let mut index = self.offsets.partition_point(|start| *start <= offset) - 1;
         let mut ranges = Vec::new();
         let (mut offset, mut left) = (offset, len);
@@ -248,7 +272,7 @@ mod tests {
 
     #[test]
     fn image_offsets_map_to_addresses() {
-        let runs = PageRuns::new(vec![0x1000..0x3000, 0x8000..0x9000, 0xa000..0xc000]);
+        let runs = PageRuns::of(vec![0x1000..0x3000, 0x8000..0x9000, 0xa000..0xc000]);
         assert_eq!(runs.bytes(), 0x5000);
         assert_eq!(runs.ranges(0, 0x5000), [0x1000..0x3000, 0x8000..0x9000, 0xa000..0xc000]);
         assert_eq!(runs.ranges(0x1800, 0x1000), [0x2800..0x3000, 0x8000..0x8800]);
@@ -267,7 +291,7 @@ mod tests {
 
     #[test]
     fn ranges_are_cut_where_sharing_begins_and_ends() {
-        let mut runs = PageRuns::new(vec![0x1000..0x9000, 0xa000..0xc000]);
+        let mut runs = PageRuns::of(vec![0x1000..0x9000, 0xa000..0xc000]);
         runs.shared = vec![0x2000..0x3000, 0x5000..0x6000, 0xa000..0xc000];
         let cut = runs.cut_by_sharing(&[0x1800..0x5800, 0x8000..0x9000, 0xb000..0xc000]);
         let want = [
@@ -295,7 +319,7 @@ mod tests {
             at as u64
         };
         let me = HostPid(std::process::id() as i32);
-        let runs = PageRuns::new(std::iter::once(start..start + len as u64).collect());
+        let runs = PageRuns::of(std::iter::once(start..start + len as u64).collect());
         let mut buffer = vec![0; len];
         ProcessPages::open(me, &runs).expect("mem").read_at(0, &mut buffer).expect("readable");
         assert!(buffer.iter().all(|byte| *byte == 7));

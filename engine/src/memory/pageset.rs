@@ -23,15 +23,37 @@ pub struct PageSet {
     pub runs: Vec<PageRun>,
 }
 
-impl PageSet {
-    /// Takes the runs out of a pagemap whose pages image has `available` bytes.
-    ///
-    /// # Errors
-    /// A sentence about what is damaged, or needs more than this set.
-    pub fn decode(entries: &[PagemapEntry], available: u64) -> Result<Self, String> {
-        let mut set = Self::default();
-        let (mut offset, mut end) = (0u64, 0u64);
-        for entry in entries {
+/// The pagemap of one image set of a chain.
+#[derive(Clone, Copy)]
+pub struct Level<'a> {
+    /// What it lists.
+    pub entries: &'a [PagemapEntry],
+    /// Where its pages image begins in the bytes that runs refer to.
+    pub start: u64,
+    /// Bytes of its pages image.
+    pub available: u64,
+}
+
+/// Where pages are.
+#[derive(Clone, Copy)]
+enum Place {
+    Here(u64),
+    Zeros,
+    /// In a parent that lacks them. No damage unless somebody asks for them.
+    Missing,
+}
+
+struct Part {
+    range: Range<u64>,
+    place: Place,
+}
+
+impl Level<'_> {
+    /// What the level lists, ascending and apart; `below` is what its parent does.
+    fn parts(&self, below: &[Part]) -> Result<Vec<Part>, String> {
+        let mut parts = Vec::with_capacity(self.entries.len());
+        let (mut used, mut end) = (0u64, 0u64);
+        for entry in self.entries {
             let (start, kind) = (entry.vaddr, entry.kind());
             let length = entry.pages().checked_mul(PAGE_SIZE).filter(|length| *length <= ADDRESS_END);
             let Some(range) = length.map(|length| start..start.saturating_add(length)) else {
@@ -42,27 +64,82 @@ impl PageSet {
             }
             end = range.end;
             if kind & page_flags::PARENT != 0 {
-                return Err(format!(
-                    "the pages at {start:x} are in a parent image set (incremental dump), which is not supported yet"
-                ));
-            }
-            if kind & page_flags::PRESENT == 0 {
-                if kind & page_flags::LAZY != 0 {
-                    return Err(format!("the pages at {start:x} are with a page server, which is not supported yet"));
+                look_up(range, below, &mut parts);
+            } else if kind & page_flags::PRESENT != 0 {
+                let offset = used;
+                used += range.end - range.start;
+                if used > self.available {
+                    return Err(format!("the pages image ends before the pages at {start:x}: it is truncated"));
                 }
-                continue; // zeros
+                parts.push(Part { range, place: Place::Here(self.start + offset) });
+            } else if kind & page_flags::LAZY != 0 {
+                return Err(format!("the pages at {start:x} are with a page server, which is not supported yet"));
+            } else {
+                parts.push(Part { range, place: Place::Zeros });
             }
-            let after = offset + (range.end - range.start);
-            if after > available {
-                return Err(format!("the pages image ends before the pages at {start:x}: it is truncated"));
+        }
+        Ok(parts)
+    }
+}
+
+/// Appends what `below` lists of `range`; what it does not is missing.
+fn look_up(range: Range<u64>, below: &[Part], parts: &mut Vec<Part>) {
+    let mut at = range.start;
+    let first = below.partition_point(|part| part.range.end <= range.start);
+    for part in below[first..].iter().take_while(|part| part.range.start < range.end) {
+        let start = part.range.start.max(range.start);
+        let end = part.range.end.min(range.end);
+        if at < start {
+            parts.push(Part { range: at..start, place: Place::Missing });
+        }
+        let place = match part.place {
+            Place::Here(offset) => Place::Here(offset + (start - part.range.start)),
+            other => other,
+        };
+        parts.push(Part { range: start..end, place });
+        at = end;
+    }
+    if at < range.end {
+        parts.push(Part { range: at..range.end, place: Place::Missing });
+    }
+}
+
+impl PageSet {
+    /// Finds the runs that the newest pagemap lists: `levels` are the image sets of a chain, each before its parent. Pages that
+    /// it says to be in its parent are looked up there, and further down where the parent says so too.
+    ///
+    /// # Errors
+    /// A sentence about what is damaged, missing, or needs more than these sets.
+    pub fn decode(levels: &[Level<'_>]) -> Result<Self, String> {
+        let mut below: Vec<Part> = Vec::new();
+        for level in levels.iter().rev() {
+            below = level.parts(&below)?;
+        }
+        let mut set = Self::default();
+        for Part { range, place } in below {
+            match place {
+                Place::Here(offset) => set.push(PageRun { range, offset }),
+                Place::Zeros => {}
+                Place::Missing => {
+                    let first = range.start;
+                    return Err(format!("the pages at {first:x} should be in the parent images, which lack them"));
+                }
             }
-            match set.runs.last_mut() {
-                Some(last) if last.range.end == range.start => last.range.end = range.end,
-                _ => set.runs.push(PageRun { range, offset }),
-            }
-            offset = after;
         }
         Ok(set)
+    }
+
+    /// Appends a run.
+    fn push(&mut self, run: PageRun) {
+        match self.runs.last_mut() {
+            Some(last)
+                if last.range.end == run.range.start
+                    && last.offset + (last.range.end - last.range.start) == run.offset =>
+            {
+                last.range.end = run.range.end;
+            }
+            _ => self.runs.push(run),
+        }
     }
 
     /// The parts of runs that lie in `range`.
@@ -90,15 +167,26 @@ impl PageSet {
 mod tests {
     use super::*;
 
+    fn present(at: u64, pages: u64) -> PagemapEntry {
+        PagemapEntry::new(at, pages, page_flags::PRESENT)
+    }
+
+    fn in_parent(at: u64, pages: u64) -> PagemapEntry {
+        PagemapEntry::new(at, pages, page_flags::PARENT)
+    }
+
+    fn run(range: Range<u64>, offset: u64) -> PageRun {
+        PageRun { range, offset }
+    }
+
+    fn level(entries: &[PagemapEntry], start: u64, pages: u64) -> Level<'_> {
+        Level { entries, start, available: pages * PAGE_SIZE }
+    }
+
     #[test]
     fn runs_are_joined_and_placed() {
-        let present = |at, pages| PagemapEntry::new(at, pages, page_flags::PRESENT);
-        let set = PageSet::decode(
-            &[present(0x1000, 2), present(0x3000, 1), PagemapEntry::new(0x8000, 4, 0), present(0xc000, 1)],
-            4 * PAGE_SIZE,
-        )
-        .unwrap();
-        let run = |range, offset| PageRun { range, offset };
+        let entries = [present(0x1000, 2), present(0x3000, 1), PagemapEntry::new(0x8000, 4, 0), present(0xc000, 1)];
+        let set = PageSet::decode(&[level(&entries, 0, 4)]).unwrap();
         assert_eq!(set.runs, [run(0x1000..0x4000, 0), run(0xc000..0xd000, 0x3000)]);
         assert_eq!(
             set.within(0x2000..0xd000).collect::<Vec<_>>(),
@@ -108,18 +196,36 @@ mod tests {
     }
 
     #[test]
+    fn pages_in_parents_are_found_however_deep() {
+        let newest = [in_parent(0x1000, 3), present(0x4000, 1), in_parent(0x8000, 2)];
+        let middle = [present(0x1000, 1), in_parent(0x2000, 2), present(0x4000, 1), PagemapEntry::new(0x8000, 9, 0)];
+        // The deepest was made with a parent too; nobody asks for what it had of that.
+        let deepest = [in_parent(0, 1), present(0x1000, 4), in_parent(0x6000, 1)];
+        let chain = [level(&newest, 0, 1), level(&middle, 0x10_0000, 2), level(&deepest, 0x20_0000, 4)];
+        let set = PageSet::decode(&chain).unwrap();
+        let found = [run(0x1000..0x2000, 0x10_0000), run(0x2000..0x4000, 0x20_1000), run(0x4000..0x5000, 0)];
+        assert_eq!(set.runs, found);
+        for (length, missing) in [(1, "1000"), (2, "2000")] {
+            let problem = PageSet::decode(&chain[..length]).unwrap_err();
+            assert!(problem.contains(&format!("at {missing} should be in the parent")), "{problem}");
+        }
+    }
+
+    #[test]
     fn damage_is_an_error() {
-        let present = |at, pages| PagemapEntry::new(at, pages, page_flags::PRESENT);
         for bad in [
             vec![present(0x1001, 1)],
             vec![present(0x1000, 3)],
             vec![present(0x1000, u64::MAX)],
             vec![present(0x2000, 1), present(0x1000, 1)],
-            vec![PagemapEntry::new(0x1000, 1, page_flags::PARENT)],
+            vec![in_parent(0x1000, 1)],
+            vec![in_parent(0x1000, u64::MAX / PAGE_SIZE)],
             vec![PagemapEntry::new(0x1000, 1, page_flags::LAZY)],
             vec![present(u64::MAX - 0xfff, 1)],
         ] {
-            assert!(PageSet::decode(&bad, 2 * PAGE_SIZE).is_err(), "{bad:?}");
+            assert!(PageSet::decode(&[level(&bad, 0, 2)]).is_err(), "{bad:?}");
+            let asked = [in_parent(0x1000, 1)];
+            assert!(PageSet::decode(&[level(&asked, 0, 0), level(&bad, 0, 2)]).is_err(), "{bad:?} in a parent");
         }
     }
 }

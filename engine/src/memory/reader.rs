@@ -5,21 +5,40 @@
 //! process runs on. The thread is started before the tree is stopped.
 
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
-use crate::memory::mappings::Mapping;
+use crate::images::pagemap::PagemapEntry;
+use crate::memory::images::PageImages;
+use crate::memory::mappings::{Kind, Mapping};
 use crate::memory::pages::{PageRuns, ProcessPages};
+use crate::memory::parent::{ParentMemory, equal_pages, page_count, without};
 use crate::memory::staging::{Staged, Staging};
+use crate::procfs::Ids;
 use crate::sys::HostPid;
 
 /// The pages of one process.
 #[derive(Default)]
 pub struct Found {
-    /// Which there are.
+    /// Which are to be saved.
     pub runs: PageRuns,
+    /// Which are left to the parent images, in address order.
+    pub in_parent: Vec<Range<u64>>,
     /// Where their copy is, if there was room.
     pub copy: Option<Staged>,
+}
+
+impl Found {
+    /// The entries of the pagemap image.
+    pub fn entries(&self) -> Vec<PagemapEntry> {
+        PagemapEntry::of_runs(self.runs.runs(), &self.in_parent)
+    }
+
+    /// How many pages are left to the parent images.
+    pub fn pages_in_parent(&self) -> u64 {
+        page_count(&self.in_parent)
+    }
 }
 
 /// Why pages could not be read.
@@ -46,13 +65,15 @@ pub struct PageReader {
 }
 
 impl PageReader {
-    /// Starts the thread, which copies into `staging`.
+    /// Starts the thread, which copies into `staging` what `parent` does not have.
     ///
     /// # Errors
     /// Those of making a thread.
-    pub fn start(staging: Staging) -> io::Result<Self> {
+    pub fn start(staging: Staging, parent: Option<Arc<ParentMemory>>) -> io::Result<Self> {
         let (jobs, queue) = mpsc::channel();
-        let thread = std::thread::Builder::new().name("pages".into()).spawn(|| read_all(queue, staging))?;
+        let thread = std::thread::Builder::new()
+            .name("pages".into())
+            .spawn(move || read_all(queue, staging, parent.as_deref()))?;
         Ok(Self { jobs, thread })
     }
 
@@ -72,18 +93,47 @@ impl PageReader {
     }
 }
 
-fn read_all(queue: mpsc::Receiver<Job>, mut staging: Staging) -> Result<(Vec<Found>, Staging), ReadPagesError> {
+fn read_all(
+    queue: mpsc::Receiver<Job>,
+    mut staging: Staging,
+    parent: Option<&ParentMemory>,
+) -> Result<(Vec<Found>, Staging), ReadPagesError> {
     let mut all = Vec::new();
     for Job { pid, mappings } in queue {
         let failed = |what| move |source| ReadPagesError { pid, what, source };
-        let runs = PageRuns::collect(pid, &mappings).map_err(failed("page map"))?;
+        let mut runs = PageRuns::collect(pid, &mappings).map_err(failed("page map"))?;
+        runs.find_shared(pid).map_err(failed("page map"))?;
+        let in_parent = match parent {
+            Some(parent) => {
+                let process = Ids::read(pid).map_err(failed("ids"))?.innermost();
+                leave_to_parent(pid, &mut runs, &mappings, parent.private(process)).map_err(failed("memory"))?
+            }
+            None => Vec::new(),
+        };
         let copy = if staging.has_room() {
             let pages = ProcessPages::open(pid, &runs).map_err(failed("memory"))?;
             staging.take(&pages).map_err(failed("memory"))?
         } else {
             None
         };
-        all.push(Found { runs, copy });
+        all.push(Found { runs, in_parent, copy });
     }
     Ok((all, staging))
+}
+
+/// Takes out of `runs` what `parent` has; returns it.
+fn leave_to_parent(
+    pid: HostPid,
+    runs: &mut PageRuns,
+    mappings: &[Mapping],
+    parent: Option<&PageImages>,
+) -> io::Result<Vec<Range<u64>>> {
+    let Some(parent) = parent else { return Ok(Vec::new()) };
+    let equal = equal_pages(&ProcessPages::open(pid, runs)?, runs.runs(), parent)?;
+    // Whoever restores looks into the vdso before anything else.
+    let vdso: Vec<_> =
+        mappings.iter().filter(|mapping| mapping.kind == Kind::Vdso).map(|vdso| vdso.range.clone()).collect();
+    let equal = without(&equal, &vdso);
+    runs.leave_out(&equal);
+    Ok(equal)
 }

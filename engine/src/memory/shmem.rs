@@ -15,13 +15,16 @@ use rustix::fs::{SeekFrom, seek};
 use crate::images::Content;
 use crate::images::pagemap::PagemapEntry;
 use crate::memory::mappings::{Kind, Mapping};
+use crate::memory::parent::{ParentMemory, equal_pages, page_count, without};
 use crate::sys::{HostPid, PAGE_SIZE};
 
 /// One shared memory object.
 pub struct SharedObject {
     file: File,
-    /// Offsets of its pages, in order.
+    /// Offsets of the pages to save, in order.
     runs: Vec<Range<u64>>,
+    /// Of those that are left to the parent images.
+    in_parent: Vec<Range<u64>>,
     /// How far any mapping reaches into it.
     end: u64,
 }
@@ -47,7 +50,7 @@ impl SharedObjects {
             known.end = known.end.max(end);
         } else {
             let path = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.range.start, mapping.range.end);
-            let object = SharedObject { file: File::open(path)?, runs: Vec::new(), end };
+            let object = SharedObject { file: File::open(path)?, runs: Vec::new(), in_parent: Vec::new(), end };
             self.objects.insert(mapping.inode, object);
         }
         Ok(mapping.inode)
@@ -59,6 +62,20 @@ impl SharedObjects {
     /// Those of lseek(2).
     pub fn collect_pages(&mut self) -> io::Result<()> {
         self.objects.values_mut().try_for_each(SharedObject::collect_pages)
+    }
+
+    /// Leaves to `parent` the pages that it has with the same content.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn leave_to(&mut self, parent: &ParentMemory) -> io::Result<()> {
+        for (id, object) in &mut self.objects {
+            if let Some(pages) = parent.shared(*id) {
+                object.in_parent = equal_pages(object, &object.runs, pages)?;
+                object.runs = without(&object.runs, &object.in_parent);
+            }
+        }
+        Ok(())
     }
 
     /// The objects with their ids.
@@ -88,12 +105,17 @@ impl SharedObject {
 
     /// The entries of its pagemap image: offsets in the object take the place of addresses.
     pub fn dump(&self) -> Vec<PagemapEntry> {
-        PagemapEntry::present(&self.runs)
+        PagemapEntry::of_runs(&self.runs, &self.in_parent)
     }
 
-    /// How many pages there are.
+    /// How many pages are to be saved.
     pub fn pages(&self) -> u64 {
         self.len() / PAGE_SIZE
+    }
+
+    /// How many pages are left to the parent images.
+    pub fn pages_in_parent(&self) -> u64 {
+        page_count(&self.in_parent)
     }
 }
 

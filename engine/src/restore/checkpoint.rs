@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use super::error::RestoreError;
+use crate::dump::PRE_DUMP_OPTION;
 use crate::images::core::{CoreEntry, March, TaskCoreEntry, task_state};
 use crate::images::core_x86::UserX86RegsMode;
 use crate::images::files::FileEntry;
@@ -15,23 +16,13 @@ use crate::images::inventory::InventoryEntry;
 use crate::images::kind::IMG_VERSION;
 use crate::images::memfd::MemfdInodeEntry;
 use crate::images::mm::MmEntry;
-use crate::images::pagemap::{PagemapEntry, PagemapHead};
 use crate::images::pstree::PstreeEntry;
-use crate::images::{ImageSet, Kind, Reader, SourceError};
-use crate::memory::fill::Pages;
+use crate::images::{ImageSet, Kind, SourceError};
+use crate::memory::images::PageImages;
 use crate::memory::inherit::Memory;
 use crate::memory::layout::Layout;
-use crate::memory::pageset::PageSet;
 use crate::progress::Progress;
 use crate::sys::NsPid;
-
-/// Pages with their places.
-pub struct PageImages {
-    /// Which pages there are.
-    pub set: PageSet,
-    /// Their contents.
-    pub pages: Pages,
-}
 
 /// An address space.
 pub struct MemoryImages {
@@ -113,7 +104,12 @@ impl Checkpoint {
     /// [`RestoreError`] about the images only.
     pub fn read(images: &ImageSet) -> Result<Self, RestoreError> {
         match images.manifest() {
-            Some(manifest) => manifest.check_architecture().map_err(SourceError::from)?,
+            Some(manifest) => {
+                manifest.check_architecture().map_err(SourceError::from)?;
+                if manifest.options.contains_key(PRE_DUMP_OPTION) {
+                    return Err(RestoreError::PreDump);
+                }
+            }
             // Another program's: what this one does not know must not be left out silently.
             None => images.check_understood()?,
         }
@@ -160,7 +156,7 @@ impl Checkpoint {
         numbers.sort_unstable();
         numbers.dedup();
         for number in numbers {
-            if let Some(pages) = read_pages(images, &Kind::ShmemPagemap.name_for(number), Kind::ShmemPagemap)? {
+            if let Some(pages) = PageImages::read(images, &Kind::ShmemPagemap.name_for(number), Kind::ShmemPagemap)? {
                 self.shared.insert(number, pages);
             }
         }
@@ -291,7 +287,7 @@ fn read_memory(images: &ImageSet, pid: u32, memfds: &HashMap<u32, u64>) -> Resul
     let mm: MmEntry = required(images.entry(Kind::Mm, &name)?, &name)?;
     let layout = Layout::decode(&mm, memfds).map_err(|problem| RestoreError::Inconsistent { name, problem })?;
     let name = Kind::Pagemap.name_for(pid);
-    let pages = required(read_pages(images, &name, Kind::Pagemap)?, &name)?;
+    let pages = required(PageImages::read(images, &name, Kind::Pagemap)?, &name)?;
     for run in &pages.set.runs {
         let mut at = run.range.start;
         while at < run.range.end {
@@ -312,23 +308,4 @@ fn read_memory(images: &ImageSet, pid: u32, memfds: &HashMap<u32, u64>) -> Resul
         }
     }
     Ok(MemoryImages { mm, layout, pages })
-}
-
-fn read_pages(images: &ImageSet, name: &str, kind: Kind) -> Result<Option<PageImages>, RestoreError> {
-    let Some(bytes) = images.bytes(name)? else { return Ok(None) };
-    let decode = || -> Result<(PagemapHead, Vec<PagemapEntry>), crate::images::DecodeError> {
-        let mut reader = Reader::new(name, kind, &bytes)?;
-        let head = reader.expect_entry()?;
-        let mut entries = Vec::new();
-        while let Some(entry) = reader.next_entry()? {
-            entries.push(entry);
-        }
-        Ok((head, entries))
-    };
-    let (head, entries) = decode().map_err(SourceError::from)?;
-    let pages_name = Kind::Pages.name_for(head.pages_id);
-    let image = required(images.raw(&pages_name)?, &pages_name)?;
-    let set = PageSet::decode(&entries, image.len())
-        .map_err(|problem| RestoreError::Inconsistent { name: name.to_owned(), problem })?;
-    Ok(Some(PageImages { set, pages: Pages::open(&pages_name, image)? }))
 }

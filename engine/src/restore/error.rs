@@ -7,6 +7,7 @@ use crate::fault::Interrupted;
 use crate::files::RestoreFilesError;
 use crate::images::SourceError;
 use crate::memory::fill::FillError;
+use crate::memory::images::PageImagesError;
 use crate::namespaces::{PlanNamespacesError, RestoreNamespacesError};
 use crate::sys::{HostPid, NsPid};
 use crate::task::TaskError;
@@ -22,6 +23,9 @@ pub enum RestoreError {
     /// An image that must be there is not.
     #[error("image {name} is missing: the set is incomplete, or not an image set at all")]
     Missing { name: String },
+    /// The images hold memory only.
+    #[error("the images are of a pre-dump, and hold memory only: restore those of the dump that was made after it")]
+    PreDump,
     /// An image contradicts itself or another.
     #[error("image {name}: {problem}")]
     Inconsistent { name: String, problem: String },
@@ -67,6 +71,16 @@ pub enum RestoreError {
     /// The caller's own work failed.
     #[error("{what}: {problem}")]
     Caller { what: &'static str, problem: String },
+}
+
+impl From<PageImagesError> for RestoreError {
+    fn from(error: PageImagesError) -> Self {
+        match error {
+            PageImagesError::Images(source) => Self::Images(source),
+            PageImagesError::Missing { name } => Self::Missing { name },
+            PageImagesError::Inconsistent { name, problem } => Self::Inconsistent { name, problem },
+        }
+    }
 }
 
 impl RestoreError {

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump, dump_telling};
+use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump, dump_telling, pre_dump};
 use ferry_engine::fault::Faults;
 use ferry_engine::images::{ArchiveSink, Content, FolderOptions, FolderSink, Manifest, Sink, SinkError};
 use ferry_engine::sys::{HostPid, PAGE_SIZE};
@@ -17,20 +17,21 @@ use serde_json::json;
 use super::layer::Layer;
 use super::{CheckpointArgs, Compression, Destination, Plan, Summary};
 use crate::archive::{Compressor, Counter, NewFile};
-use crate::externals;
 use crate::failure::Failure;
 use crate::progress::Bar;
 use crate::state::Container;
+use crate::{externals, previous};
 
 /// Runs the engine. On failure the container runs on as it was found, and nothing of the images is left.
 pub fn dump_container(plan: &Plan) -> Result<Summary, Failure> {
     let pid = plan.container.init.ok_or_else(|| no_process(plan.container))?.pid;
     let mut options = options(plan.container, plan.spec, plan.args)?;
+    options.track_memory = plan.args.pre_dump;
     plan.worker.oversee(&mut options);
     let bar = Bar::new("checkpoint");
     options.progress = bar.progress();
     let (dumped, size) = match &plan.destination {
-        Destination::Folder(folder) => into_folder(plan, pid, &options, folder)?,
+        Destination::Folder(folder) => into_folder(plan, pid, options, folder)?,
         Destination::Archive(path, method) => {
             let (new, file) = NewFile::create(path, &plan.worker.journal)?;
             into_archive(plan, pid, &options, file, Some(new), *method)?
@@ -83,7 +84,7 @@ fn no_process(container: &Container) -> Failure {
     Failure::new(format!("container {} has no process", container.id))
 }
 
-fn into_folder(plan: &Plan, pid: i32, options: &DumpOptions, folder: &Path) -> Result<(Dumped, u64), Failure> {
+fn into_folder(plan: &Plan, pid: i32, mut options: DumpOptions, folder: &Path) -> Result<(Dumped, u64), Failure> {
     let made = !folder.exists();
     if made {
         plan.worker.journal.path(folder);
@@ -92,10 +93,14 @@ fn into_folder(plan: &Plan, pid: i32, options: &DumpOptions, folder: &Path) -> R
     let descriptors = folder.join(DESCRIPTORS);
     plan.worker.journal.path(&descriptors);
     let result = (|| {
+        let previous = plan.args.parent_path.as_deref();
+        let parent = previous.map(|previous| previous::take(folder, previous, &mut options)).transpose()?;
         // Whatever may fail comes before the container is ended.
         fs::write(&descriptors, stdio_json(pid)).map_err(cannot_write(&descriptors))?;
-        let mut sink = FolderSink::open(folder, FolderOptions::default())?.noted_in(options.journal.clone(), folder);
-        let dumped = dump(HostPid(pid), &mut sink, options).map_err(explain)?;
+        let sink = FolderSink::open(folder, FolderOptions::default())?.with_parent(parent);
+        let mut sink = sink.noted_in(options.journal.clone(), folder);
+        let save = if plan.args.pre_dump { pre_dump } else { dump };
+        let dumped = save(HostPid(pid), &mut sink, &options).map_err(explain)?;
         let work = plan.work.as_deref().unwrap_or(folder);
         let stats = work.join("stats-dump");
         let written = fs::create_dir_all(work).and_then(|()| fs::write(&stats, dumped.stats_image()));

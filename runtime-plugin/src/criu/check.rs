@@ -17,7 +17,7 @@ type Feature = (&'static str, fn() -> bool);
 /// CRIU's names of features, in its order, and whether ferry has them.
 const FEATURES: [Feature; 45] = [
     ("mnt_id", yes),
-    ("mem_dirty_track", no),
+    ("mem_dirty_track", yes),
     ("aio_remap", yes),
     ("timerfd", yes),
     ("tun", no),

@@ -1,8 +1,8 @@
-//! `criu dump`.
+//! `criu dump` and `criu pre-dump`.
 
 use std::time::Duration;
 
-use ferry_engine::dump::{After, DumpError, DumpOptions, dump_telling};
+use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump_telling, pre_dump};
 use ferry_engine::fault::Faults;
 use ferry_engine::freeze::FreezeError;
 use ferry_engine::images::{FolderOptions, FolderSink, Kind};
@@ -14,6 +14,7 @@ use super::options::Options;
 use super::{freezer, images_dir, outside, parse_size, stats, work_dir, write_new};
 use crate::failure::Failure;
 use crate::guard::Worker;
+use crate::previous;
 
 /// Dumps the tree; `client` is told of stages, besides action scripts. It is the work of `worker`, which is watched over.
 pub fn run(options: &Options, client: Option<&dyn Client>, worker: &Worker) -> Result<(), Failure> {
@@ -27,28 +28,62 @@ pub fn run(options: &Options, client: Option<&dyn Client>, worker: &Worker) -> R
         dump_options.files.outside_terminal |= client.takes_terminal();
     }
     if is_above_us(HostPid(pid)) {
-        // Clients know this sentence.
-        return Err(Failure::new(format!(
-            "The criu itself is within dumped tree: process {pid} started this command; dump it from outside"
-        )));
+        return Err(within_tree(pid));
     }
-    worker.oversee(&mut dump_options);
+    let mut sink = begin(options, &mut dump_options, worker)?;
+    let dumped = dump_telling(HostPid(pid), &mut sink, &dump_options, &mut Listeners::new(options, client));
+    tell(options, &dumped.map_err(failure)?)?;
+    tracing::info!("Dumping finished successfully");
+    Ok(())
+}
+
+/// Saves the tree's memory only, for a later dump; the tree runs on. Nobody is told of stages, as with CRIU.
+pub fn run_pre_dump(options: &Options, worker: &Worker) -> Result<(), Failure> {
+    let pid = options.tree.ok_or_else(|| Failure::new("pre-dump needs --tree PID, the root of the process tree"))?;
+    let mut dump_options = dump_options(options)?;
+    if is_above_us(HostPid(pid)) {
+        return Err(within_tree(pid));
+    }
+    let mut sink = begin(options, &mut dump_options, worker)?;
+    let dumped = pre_dump(HostPid(pid), &mut sink, &dump_options).map_err(failure)?;
+    tell(options, &dumped)?;
+    tracing::info!("Pre-dumping finished successfully");
+    Ok(())
+}
+
+/// Opens the image folder, and that of earlier images.
+fn begin(options: &Options, dump_options: &mut DumpOptions, worker: &Worker) -> Result<FolderSink, Failure> {
+    worker.oversee(dump_options);
     let folder = images_dir(options);
-    let mut sink = FolderSink::open(folder, FolderOptions::default())?.noted_in(dump_options.journal.clone(), folder);
-    let dumped = dump_telling(HostPid(pid), &mut sink, &dump_options, &mut Listeners::new(options, client)).map_err(
-        |error| match error {
-            DumpError::Freeze(FreezeError::NoProcess { .. }) => Failure::from(error).with_errno(libc::ESRCH),
-            error => error.into(),
-        },
-    )?;
+    let previous = options.prev_images_dir.as_deref();
+    let parent = previous.map(|previous| previous::take(folder, previous, dump_options)).transpose()?;
+    let sink = FolderSink::open(folder, FolderOptions::default())?.with_parent(parent);
+    Ok(sink.noted_in(dump_options.journal.clone(), folder))
+}
+
+/// Writes and prints the statistics.
+fn tell(options: &Options, dumped: &Dumped) -> Result<(), Failure> {
     let image = dumped.stats_image();
     write_new(&work_dir(options).join("stats-dump"), &image)
         .map_err(|error| Failure::new(format!("the dump is complete, but stats-dump cannot be written: {error}")))?;
     if options.display_stats {
         stats::print(Kind::StatsDump, &image)?;
     }
-    tracing::info!("Dumping finished successfully");
     Ok(())
+}
+
+fn failure(error: DumpError) -> Failure {
+    match error {
+        DumpError::Freeze(FreezeError::NoProcess { .. }) => Failure::from(error).with_errno(libc::ESRCH),
+        error => error.into(),
+    }
+}
+
+fn within_tree(pid: i32) -> Failure {
+    // Clients know this sentence.
+    Failure::new(format!(
+        "The criu itself is within dumped tree: process {pid} started this command; dump it from outside"
+    ))
 }
 
 /// Whether a process is this one or one that it descends from.
@@ -93,6 +128,7 @@ pub fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
         dump.files.ghost_limit = parse_size(limit)?;
     }
     dump.cgroups = super::cgroups::options(options)?;
+    dump.track_memory = options.track_mem;
     dump.cpuinfo = super::cpuinfo::is_wanted(options)?;
     dump.files.file_locks = options.file_locks;
     dump.files.outside_stdio = options.shell_job;

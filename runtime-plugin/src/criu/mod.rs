@@ -87,7 +87,7 @@ fn run(options: &Options) -> Outcome {
         return Ok(ExitCode::SUCCESS);
     }
     let Some(command) = options.command.as_deref() else {
-        return Err(Failure::new("no command given: use dump, restore or check; see criu --help"));
+        return Err(Failure::new("no command given: use dump, pre-dump, restore or check; see criu --help"));
     };
     let takes_more = options.exec_cmd || matches!(command, "cpuinfo" | "swrk" | "service");
     if let (Some(word), false) = (options.rest.first(), takes_more) {
@@ -101,6 +101,10 @@ fn run(options: &Options) -> Outcome {
         "dump" => {
             let options = begin(options)?;
             guard::run(|worker| dump::run(&options, None, worker).map(|()| ExitCode::SUCCESS))
+        }
+        "pre-dump" => {
+            let options = begin(options)?;
+            guard::run(|worker| dump::run_pre_dump(&options, worker).map(|()| ExitCode::SUCCESS))
         }
         "restore" => {
             let options = begin(options)?;
@@ -116,10 +120,12 @@ fn run(options: &Options) -> Outcome {
         "service" => rpc::service(options),
         "exec" => Err(Failure::new("the command exec is not part of CRIU 4 any more, nor of ferry")),
         "show" => Err(Failure::new("the command show is not part of CRIU 4 any more: crit decode shows images")),
-        "pre-dump" | "page-server" | "lazy-pages" | "dedup" => {
+        "page-server" | "lazy-pages" | "dedup" => {
             Err(Failure::new(format!("ferry does not support the command {command} yet")))
         }
-        other => Err(Failure::new(format!("unknown command {other}: use dump, restore or check; see criu --help"))),
+        other => {
+            Err(Failure::new(format!("unknown command {other}: use dump, pre-dump, restore or check; see criu --help")))
+        }
     }
 }
 
@@ -147,6 +153,11 @@ fn begin(options: &Options) -> Result<Options, Failure> {
     let misplaced = of_restores.iter().find(|(_, given)| *given && options.command.as_deref() != Some("restore"));
     if let Some((name, _)) = misplaced {
         return Err(Failure::new(format!("{name} is for restore only")));
+    }
+    if options.prev_images_dir.is_some() && options.command.as_deref() == Some("restore") {
+        return Err(Failure::new(
+            "--prev-images-dir is for dump and pre-dump only: a restore follows the link to the parent images",
+        ));
     }
     if options.restore_sibling && !options.restore_detached {
         return Err(Failure::new("--restore-sibling is for --restore-detached only"));

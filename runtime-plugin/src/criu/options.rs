@@ -29,7 +29,7 @@ use crate::failure::Failure;
 )]
 #[allow(missing_docs, reason = "the attributes say it")]
 pub struct Options {
-    /// What to do: dump, restore, check, cpuinfo
+    /// What to do: dump, pre-dump, restore, check, cpuinfo
     pub command: Option<String>,
     /// A second word, for commands that take one
     #[arg(hide = true)]
@@ -327,8 +327,6 @@ impl Options {
     /// container. What needs them is refused where it is found.
     pub fn unsupported(&self) -> Vec<&'static str> {
         let asked = [
-            ("--prev-images-dir", self.prev_images_dir.is_some()),
-            ("--track-mem", self.track_mem),
             ("--lazy-pages", self.lazy_pages),
             ("--page-server", self.page_server),
             ("--stream", self.stream),
@@ -398,7 +396,7 @@ mod tests {
 
     #[test]
     fn what_is_not_there_yet_is_named() {
-        assert_eq!(parse("dump -t 1 --lazy-pages --track-mem").unsupported(), ["--track-mem", "--lazy-pages"]);
+        assert_eq!(parse("dump -t 1 --lazy-pages --page-server").unsupported(), ["--lazy-pages", "--page-server"]);
         assert!(parse("dump -t 1 --tcp-established").unsupported().is_empty());
     }
 

@@ -40,9 +40,13 @@ pub mod page_flags {
 }
 
 impl PagemapEntry {
-    /// The runs of a pages image, by address.
-    pub fn present(runs: &[Range<u64>]) -> Vec<Self> {
-        runs.iter().map(|run| Self::new(run.start, (run.end - run.start) / PAGE_SIZE, page_flags::PRESENT)).collect()
+    /// The runs of a pages image, and those that are in the parent set, by address.
+    pub fn of_runs(present: &[Range<u64>], in_parent: &[Range<u64>]) -> Vec<Self> {
+        let entry = |flags| move |run: &Range<u64>| Self::new(run.start, (run.end - run.start) / PAGE_SIZE, flags);
+        let present = present.iter().map(entry(page_flags::PRESENT));
+        let mut entries: Vec<Self> = present.chain(in_parent.iter().map(entry(page_flags::PARENT))).collect();
+        entries.sort_by_key(|entry| entry.vaddr);
+        entries
     }
 
     /// A run of `pages` pages at `vaddr` with the given [`page_flags`]. The count is written in both of its fields
@@ -50,6 +54,11 @@ impl PagemapEntry {
     pub fn new(vaddr: u64, pages: u64, flags: u32) -> Self {
         let compat_nr_pages = u32::try_from(pages).unwrap_or(0);
         Self { vaddr, compat_nr_pages, in_parent: None, flags: Some(flags), nr_pages: Some(pages) }
+    }
+
+    /// Whether the pages are in the parent set.
+    pub fn is_in_parent(&self) -> bool {
+        self.kind() & page_flags::PARENT != 0
     }
 
     /// Number of pages in the run. Sets older than CRIU 4.1 hold it in a field of 32 bits.

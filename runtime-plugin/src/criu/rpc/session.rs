@@ -1,9 +1,10 @@
 //! One connection: requests, one after the other, and their answers.
 //!
-//! A dump or restore is the last request of a connection. `keep_open` leaves it open after the requests that
+//! A dump or restore is the last request of a connection; pre-dumps may come before a dump. `keep_open` leaves it open after the requests that
 //! only ask; with any other the connection is closed without an answer, as CRIU does. Statuses of the process are CRIU's too.
 
 use std::fs::{File, OpenOptions};
+use std::ops::ControlFlow;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -18,7 +19,7 @@ use super::peer::Peer;
 use super::request::{Prepared, prepare};
 use crate::criu::{cpuinfo, dump, log, restore, work_dir};
 use crate::failure::Failure;
-use crate::guard::{self, Side, Worker};
+use crate::guard::{self, End, Side, Worker};
 
 /// The release that this protocol follows, as numbers.
 const VERSION: (i32, i32, i32) = (4, 2, 0);
@@ -87,10 +88,11 @@ impl Session {
             RequestType::Version => self.answer_or_fail(kind, Ok(version())),
             RequestType::FeatureCheck => self.answer_or_fail(kind, Ok(features(request.features.unwrap_or_default()))),
             RequestType::WaitPid => self.answer_or_fail(kind, wait_for_child(request.pid)),
-            RequestType::PreDump | RequestType::SinglePreDump => {
-                self.fail(kind, &missing("a dump of memory before the dump (pre-dump)"));
-                Next::Done(ExitCode::from(MINUS_ONE))
-            }
+            RequestType::PreDump => Next::Done(self.pre_dumps(options)),
+            RequestType::SinglePreDump => match self.pre_dump(kind, &options) {
+                ControlFlow::Continue(()) => Next::Done(ExitCode::SUCCESS),
+                ControlFlow::Break(code) => Next::Done(code),
+            },
             RequestType::PageServer | RequestType::PageServerChild => {
                 // CRIU answers both with the one type.
                 self.answer_or_fail(RequestType::PageServer, Err(missing("the page server")))
@@ -169,6 +171,56 @@ impl Session {
         let answer = Answer { dump: Some(DumpAnswer { restored: Some(false) }), ..answer };
         let told = self.send(&answer);
         if done.is_ok() && told { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+
+    /// Pre-dumps as long as the client asks for one after the other; what follows the last is a dump.
+    fn pre_dumps(&self, first: RequestOptions) -> ExitCode {
+        let mut asked = first;
+        loop {
+            if let ControlFlow::Break(code) = self.pre_dump(RequestType::PreDump, &asked) {
+                return code;
+            }
+            let Ok(Request { r#type, opts: Some(options), .. }) = self.connection.receive() else { break };
+            match RequestType::try_from(r#type) {
+                Ok(RequestType::PreDump) => asked = options,
+                Ok(RequestType::Dump) => return self.dump(&options),
+                _ => break,
+            }
+        }
+        ExitCode::from(MINUS_ONE)
+    }
+
+    /// Saves the memory of a tree, in a process of its own that also answers. Goes on in this one, when it succeeded.
+    fn pre_dump(&self, kind: RequestType, asked: &RequestOptions) -> ControlFlow<ExitCode> {
+        let failure = match guard::split() {
+            Ok(Side::Worker(worker)) => return ControlFlow::Break(self.pre_dump_watched(kind, asked, &worker)),
+            Ok(Side::Watcher(End::Exited(0))) => return ControlFlow::Continue(()),
+            Ok(Side::Watcher(end)) => match end.outcome() {
+                Ok(status) => return ControlFlow::Break(status),
+                Err(failure) => failure,
+            },
+            Err(failure) => failure,
+        };
+        tracing::error!("{failure}");
+        self.fail(kind, &failure);
+        ControlFlow::Break(ExitCode::from(MINUS_ONE))
+    }
+
+    fn pre_dump_watched(&self, kind: RequestType, asked: &RequestOptions, worker: &Worker) -> ExitCode {
+        let done = prepare(kind, asked, &self.peer).and_then(|prepared| {
+            self.open_log(&prepared)?;
+            Self::may_go_on(&prepared)?;
+            self.peer.may_dump(prepared.root())?;
+            dump::run_pre_dump(&prepared.options, worker)
+        });
+        let answer = match &done {
+            Ok(()) => Answer::to(kind),
+            Err(failure) => {
+                tracing::error!("{failure}");
+                failed(kind, failure)
+            }
+        };
+        if self.send(&answer) && done.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(MINUS_ONE) }
     }
 
     fn restore(&self, asked: &RequestOptions) -> ExitCode {
@@ -302,7 +354,7 @@ fn version() -> Answer {
 /// All are answered; those that were not asked for, or are not there, with false.
 fn features(asked: Features) -> Answer {
     let features = Features {
-        mem_track: Some(false),
+        mem_track: Some(asked.mem_track == Some(true)),
         lazy_pages: Some(false),
         // pidfd_open(2) and pidfd_getfd(2) are older than any kernel that ferry runs on.
         pidfd_store: Some(asked.pidfd_store == Some(true)),

@@ -20,6 +20,7 @@ mod pipes;
 mod refused;
 mod registers;
 mod restart;
+mod rewritten;
 mod room;
 mod seccomp;
 mod service;
@@ -75,6 +76,9 @@ fn groups() -> Vec<&'static [Workload]> {
         memory::WORKLOADS,
         workloads!(mappings: file_private, file_shared, file_deleted_mapping, file_past_end, device_zero_mapping),
         workloads!(fork_memory: copy_on_write, copy_on_write_unmapped, shared_between_relatives, dont_fork),
+        workloads!(rewritten: rewritten_pages, rewritten_discarded, rewritten_mapped_anew, rewritten_moved),
+        workloads!(rewritten: rewritten_by_kernel, rewritten_files, rewritten_by_relatives, rewritten_protected),
+        workloads!(rewritten: rewritten_huge, rewritten_grown, rewritten_shared),
         workloads!(filesystem: regular_files, append_file, shared_offset, directory, deleted_file, deleted_linked_file),
         workloads!(filesystem: path_descriptor, file_replaced, unix_permissions),
         workloads!(descriptors: sparse_numbers, close_on_exec, duplicates, many_files, shared_table),

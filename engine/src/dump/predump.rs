@@ -1,0 +1,187 @@
+//! A pre-dump: memory alone, copied while the tree runs, so that the dump after it has less to save while it is stopped.
+//!
+//! The tree is stopped only to find its mappings and pages at one instant. They are read when it runs again, and may change
+//! while they are: such an image set is no checkpoint. It is the parent of one, whose dump leaves a page to it only where it has
+//! compared the content, or where the kernel vouches that nobody wrote to it since that instant
+//! ([`crate::memory::parent`]).
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use super::records::{manifest, save_pages, shared_pagemap_image, uptime};
+use super::{DumpError, DumpOptions, DumpPhase, Dumped, enter};
+use crate::fault::DumpStep;
+use crate::freeze::StoppedTree;
+use crate::images::inventory::InventoryEntry;
+use crate::images::kind::{IMG_VERSION, Kind};
+use crate::images::pagemap::PagemapEntry;
+use crate::images::{Content, Sink, encode};
+use crate::memory::mappings::{self, Mapping};
+use crate::memory::pages::PageRuns;
+use crate::memory::parent::{equal_pages, page_count, without};
+use crate::memory::shmem::SharedObjects;
+use crate::preflight;
+use crate::procfs::Ids;
+use crate::sys::{HostPid, NsPid, PAGE_SIZE};
+
+/// The option of the manifest of a pre-dump.
+pub const PRE_DUMP_OPTION: &str = "pre_dump";
+/// What CRIU calls reading memory from outside, by `--pre-dump-mode`.
+const MODE_READ: u32 = 2;
+
+/// A process whose pages are to be read.
+struct Process {
+    pid: HostPid,
+    ns_pid: NsPid,
+    pages: RunningPages,
+}
+
+/// Saves the memory of the tree below `root` into `sink`. The tree runs on in any case.
+///
+/// # Errors
+/// [`DumpError`]; nothing was changed then.
+pub fn pre_dump(root: HostPid, sink: &mut dyn Sink, options: &DumpOptions) -> Result<Dumped, DumpError> {
+    let mut dumped = Dumped::default();
+    let surroundings = enter(DumpPhase::Preflight, options, || {
+        let outlook = preflight::look(root, options)?;
+        for refusal in &outlook.refusals {
+            tracing::warn!("a dump would be refused now: {refusal}");
+        }
+        Ok(outlook.surroundings)
+    })?;
+    let start = Instant::now();
+    let stopped = enter(DumpPhase::Freeze, options, || Ok(StoppedTree::stop(root, options, &surroundings)?))?;
+    dumped.freezing = start.elapsed();
+    let (processes, mut shared) = enter(DumpPhase::Collect, options, || collect(&stopped))?;
+    enter(DumpPhase::Release, options, || {
+        dumped.threads = stopped.processes.iter().map(|process| process.threads.len()).sum();
+        drop(stopped);
+        dumped.frozen = start.elapsed();
+        Ok(())
+    })?;
+    enter(DumpPhase::Memory, options, || {
+        let start = Instant::now();
+        save(root, processes, &mut shared, sink, options, &mut dumped)?;
+        dumped.memory = start.elapsed();
+        Ok(())
+    })?;
+    enter(DumpPhase::Save, options, || {
+        let inventory = InventoryEntry {
+            img_version: IMG_VERSION,
+            dump_uptime: Some(uptime()),
+            pre_dump_mode: Some(MODE_READ),
+            ..InventoryEntry::default()
+        };
+        sink.put("inventory.img", &encode(Kind::Inventory, &[inventory]))?;
+        let mut manifest = manifest(options);
+        manifest.options.insert(PRE_DUMP_OPTION.into(), true.into());
+        dumped.manifest = Some(sink.finish(manifest)?);
+        Ok(sink.seal(&dumped)?)
+    })?;
+    tracing::info!(processes = dumped.processes, pages = dumped.pages, frozen = ?dumped.frozen, "pre-dumped");
+    Ok(dumped)
+}
+
+/// What is where in the stopped tree.
+fn collect(stopped: &StoppedTree) -> Result<(Vec<Process>, SharedObjects), DumpError> {
+    let mut processes = Vec::with_capacity(stopped.processes.len());
+    let mut shared = SharedObjects::default();
+    for process in stopped.processes.iter().filter(|process| !process.is_zombie()) {
+        let pid = process.pid;
+        let read = |what| DumpError::read(pid, what);
+        let mapped: Vec<Mapping> = mappings::collect_names(pid).map_err(read("mappings"))?;
+        for mapping in &mapped {
+            shared.add(pid, mapping).map_err(read("shared memory"))?;
+        }
+        let ns_pid = Ids::read(pid).map_err(read("ids"))?.innermost();
+        let runs = PageRuns::find(pid, &mapped).map_err(read("page map"))?;
+        // Opened now, so that it stays that of this program.
+        let memory = File::open(format!("/proc/{pid}/mem")).map_err(read("memory"))?;
+        processes.push(Process { pid, ns_pid, pages: RunningPages { memory, runs } });
+    }
+    shared.collect_pages().map_err(DumpError::read(stopped.root().pid, "shared memory"))?;
+    Ok((processes, shared))
+}
+
+/// Writes pages, but for those that the parent has.
+fn save(
+    root: HostPid,
+    processes: Vec<Process>,
+    shared: &mut SharedObjects,
+    sink: &mut dyn Sink,
+    options: &DumpOptions,
+    dumped: &mut Dumped,
+) -> Result<(), DumpError> {
+    let parent = options.parent.as_deref();
+    let mut number = 0;
+    let mut put = |pagemap: String, entries: Vec<PagemapEntry>, pages: &dyn Content| {
+        number += 1;
+        options.step(DumpStep::Pages)?;
+        save_pages(sink, &pagemap, number, &entries, pages)
+    };
+    for Process { pid, ns_pid, mut pages } in processes {
+        let mut in_parent = Vec::new();
+        if let Some(parent) = parent.and_then(|parent| parent.private(ns_pid)) {
+            in_parent = equal_pages(&pages, pages.runs.runs(), parent).map_err(DumpError::read(pid, "memory"))?;
+            pages.runs = PageRuns::of(without(pages.runs.runs(), &in_parent));
+        }
+        let entries = PagemapEntry::of_runs(pages.runs.runs(), &in_parent);
+        put(Kind::Pagemap.name_for(ns_pid.0 as u64), entries, &pages)?;
+        dumped.processes += 1;
+        dumped.pages += pages.runs.pages();
+        dumped.parent_pages += page_count(&in_parent);
+    }
+    if let Some(parent) = parent {
+        shared.leave_to(parent).map_err(DumpError::read(root, "shared memory"))?;
+    }
+    for (id, object) in shared.iter() {
+        put(shared_pagemap_image(id), object.dump(), object)?;
+        dumped.pages += object.pages();
+        dumped.shared_pages += object.pages();
+        dumped.shared_parent_pages += object.pages_in_parent();
+    }
+    Ok(())
+}
+
+/// Pages of a process that runs.
+struct RunningPages {
+    memory: File,
+    runs: PageRuns,
+}
+
+impl Content for RunningPages {
+    fn len(&self) -> u64 {
+        self.runs.bytes()
+    }
+
+    /// A page that has gone meanwhile reads as zeros: the dump will not find it, or another in its place.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let mut rest = buffer;
+        for range in self.runs.ranges(offset, rest.len() as u64) {
+            let (here, others) = rest.split_at_mut((range.end - range.start) as usize);
+            read_if_there(&self.memory, range.start, here);
+            rest = others;
+        }
+        Ok(())
+    }
+}
+
+/// Reads memory that may have gone.
+fn read_if_there(memory: &File, start: u64, mut buffer: &mut [u8]) {
+    let mut at = start;
+    while !buffer.is_empty() {
+        let got = match memory.read_at(buffer, at) {
+            Ok(got) if got > 0 => got,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            _ => {
+                let gone = ((PAGE_SIZE - at % PAGE_SIZE) as usize).min(buffer.len());
+                buffer[..gone].fill(0);
+                gone
+            }
+        };
+        at += got as u64;
+        buffer = &mut buffer[got..];
+    }
+}
