@@ -13,6 +13,7 @@ mod checkpoint;
 mod error;
 mod grow;
 mod live;
+mod numbers;
 mod plan;
 mod script;
 mod shared;

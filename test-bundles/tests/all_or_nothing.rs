@@ -154,14 +154,14 @@ impl<'place> Saved<'place> {
     }
 }
 
-/// The number of a task in the middle of the tree belongs to a session of somebody else's, which only the clone finds out.
+/// The number of a task in the middle of the tree belongs to a session of somebody else's, whose leader has ended.
 fn pid_in_use() -> Outcome {
     let place = Place::new()?;
     let mut saved = Saved::new(&place, Face::Host, "prefork")?;
     let number = *saved.pids.last().ok_or("the workload has no children")?;
     let stranger = processes::occupy(number)?;
     let free = std::mem::replace(&mut saved.before, Surroundings::look(&place));
-    saved.fails(&[], &["cannot create a task", &number.to_string()])?;
+    saved.fails(&[], &["is in use by a process group or session", &number.to_string()])?;
     processes::end_all_below();
     processes::await_end(&[stranger])?;
     saved.before = free;

@@ -2,20 +2,16 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::signal::kill;
-use nix::unistd::Pid;
 
 use super::birth::{self, Member, TreePlan};
 use super::checkpoint::{Checkpoint, TaskImages};
 use super::error::{Obstacle, RestoreError};
+use super::numbers::Numbers;
 use crate::memory::layout::free_range;
 use crate::memory::vdso::{PARKING, Vdso};
-use crate::procfs::Stat;
-use crate::sys::{HostPid, NsPid, PAGE_SIZE};
+use crate::sys::{NsPid, PAGE_SIZE};
 
 /// A process leader's slot: thousands of calls and their data.
 pub const LEADER_SLOT: usize = 256 << 10;
@@ -25,11 +21,6 @@ pub const THREAD_SLOT: usize = 32 << 10;
 const SPARE_SLOTS: usize = 1;
 /// Where the search for the area begins: above what programs of fixed addresses use.
 const AREA_FROM: u64 = 0x1000_0000;
-/// How long tasks that have ended, of a dump just before most likely, may keep their pids: until their parent waits for them, and there
-/// are inits that look every two seconds.
-const REAPING: Duration = Duration::from_secs(3);
-/// How often they are looked at.
-const GLANCE: Duration = Duration::from_millis(2);
 
 /// What was decided.
 pub struct Plan {
@@ -105,18 +96,18 @@ impl Plan {
         let tree = birth::plan(&members)
             .map_err(|problem| RestoreError::Inconsistent { name: crate::images::Kind::Pstree.name(), problem })?;
         if !circumstances.pid_namespace {
-            let deadline = Instant::now() + REAPING;
-            let taken = |pid| taken(pid, deadline);
+            let numbers = Numbers::new()?;
             for task in &checkpoint.tasks {
                 for tid in std::iter::once(task.pid).chain(task.threads.iter().map(|thread| thread.tid)) {
-                    if taken(tid) {
-                        obstacles.push(obstacle(task, taken_problem(tid), true));
+                    if let Some(problem) = numbers.problem(tid) {
+                        obstacles.push(obstacle(task, problem, true));
                     }
                 }
             }
-            for helper in tree.helpers.iter().filter(|helper| taken(NsPid(helper.pid))) {
-                let parent = &checkpoint.tasks[helper.parent];
-                obstacles.push(obstacle(parent, taken_problem(NsPid(helper.pid)), true));
+            for helper in &tree.helpers {
+                if let Some(problem) = numbers.problem(NsPid(helper.pid)) {
+                    obstacles.push(obstacle(&checkpoint.tasks[helper.parent], problem, true));
+                }
             }
         }
         if !obstacles.is_empty() {
@@ -155,26 +146,6 @@ fn members(tasks: &[TaskImages], shell_job: bool) -> Vec<Member> {
             group: inner(task.group, outer_group),
         })
         .collect()
-}
-
-/// Whether a task has this number, and will have it after `deadline`; of groups and sessions without tasks only the clone will tell.
-fn taken(pid: NsPid, deadline: Instant) -> bool {
-    while kill(Pid::from_raw(pid.0), None) != Err(Errno::ESRCH) {
-        // Without a pid namespace of their own, tasks have the numbers that ferry sees.
-        let ended = Stat::read(HostPid(pid.0)).is_ok_and(|stat| matches!(stat.state, 'Z' | 'X'));
-        if !ended || Instant::now() >= deadline {
-            return true;
-        }
-        sleep(GLANCE);
-    }
-    false
-}
-
-fn taken_problem(pid: NsPid) -> String {
-    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let who = comm.trim_end();
-    let who = if who.is_empty() { String::new() } else { format!(" ({who})") };
-    format!("pid {pid} is in use by another task{who}: restore when it is gone, or into a pid namespace")
 }
 
 fn own_ranges() -> nix::Result<Vec<Range<u64>>> {
