@@ -166,6 +166,29 @@ fn configuration_of_the_user() -> Outcome {
     of_runc.end()
 }
 
+/// `skip-mnt` of the user's configuration: a mount that is left out is not there after the restore, and the others are.
+#[test]
+fn a_mount_is_left_out() -> Outcome {
+    let place = Place::new()?;
+    let file = place.path("criu.conf");
+    std::fs::write(&file, "skip-mnt /left/out\n").map_err(|error| format!("{}: {error}", file.display()))?;
+    let of_runc = OfRunc::run(&place, |bundle| {
+        bundle.writable();
+        bundle.config["annotations"] = json!({"org.criu.config": file});
+        for point in ["/left/out", "/kept"] {
+            let mount = json!({"destination": point, "type": "tmpfs", "source": "tmpfs"});
+            bundle.config["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(mount.clone()));
+        }
+    })?;
+    of_runc.checkpoint(&[])?;
+    of_runc.restore(&[])?;
+    let mounts = of_runc.container.exec(&["cat", "/proc/mounts"])?;
+    if mounts.contains(" /left/out ") || !mounts.contains(" /kept ") {
+        return Err(format!("the mounts are\n{mounts}"));
+    }
+    of_runc.end()
+}
+
 /// Hooks run where runc runs them: createRuntime with the restored process's pid, poststop when the checkpoint has ended it.
 #[test]
 fn hooks() -> Outcome {

@@ -64,7 +64,10 @@ fn a_folder_tells_what_it_lacks() -> Outcome {
     bundle.write()?;
     let mut restore = container.command("restore");
     restore.args(["--detach", "--image-path", &folder, "--bundle"]).arg(&container.bundle).arg(&container.id);
-    refusal(&mut restore, &["/work"])?;
+    let told = refusal(&mut restore, &["/work", "config.json"])?;
+    if told.contains("--external") {
+        return Err(format!("the remedy is an option that this command lacks: {told}"));
+    }
     bundle.config = whole;
     bundle.write()?;
     container.restore(&["--image-path", &folder])?;

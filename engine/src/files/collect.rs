@@ -162,9 +162,9 @@ impl FilesCollector {
     pub fn new(root: HostPid, options: FilesOptions) -> io::Result<Self> {
         let sockets = Sockets::of(root, options.network_namespace_id, options.requested_by)?;
         Ok(Self {
+            paths: Paths::of(root, &options)?,
             options,
             root,
-            paths: Paths::of(root)?,
             next_id: 1,
             tables: Vec::new(),
             alike: HashMap::new(),
@@ -585,10 +585,13 @@ impl FilesCollector {
                 }
                 continue;
             }
-            refusals.push(holder.refusal(Problem::new(
-                "its other end is held by a process outside the tree",
-                format!("name it with --external {key} and give it back at restore (--inherit-fd), or close it"),
-            )));
+            let remedy = match self.options.of_bundle {
+                true => "have the program, or the process outside, close it".to_owned(),
+                false => {
+                    format!("name it with --external {key} and give it back at restore (--inherit-fd), or close it")
+                }
+            };
+            refusals.push(holder.refusal(Problem::new("its other end is held by a process outside the tree", remedy)));
         }
         refusals
     }

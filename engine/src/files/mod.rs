@@ -31,6 +31,7 @@ mod table;
 pub(crate) mod tty;
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 pub use collect::{FilesCollector, FilesDump};
 pub use names::{NameJournal, NewName};
@@ -63,6 +64,10 @@ pub struct FilesOptions {
     pub file_locks: bool,
     /// The number that images give to the tree's network namespace, which sockets name.
     pub network_namespace_id: Option<u32>,
+    /// Mount points whose mounts are left out: files there lie outside.
+    pub skipped_mounts: Vec<PathBuf>,
+    /// Whether nobody can name an object as external, so that remedies do not speak of it.
+    pub of_bundle: bool,
 }
 
 impl Default for FilesOptions {
@@ -77,6 +82,8 @@ impl Default for FilesOptions {
             outside_terminal: false,
             file_locks: false,
             network_namespace_id: None,
+            skipped_mounts: Vec::new(),
+            of_bundle: false,
         }
     }
 }

@@ -11,8 +11,8 @@ use std::path::Path;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, statx};
 
-use super::Problem;
 use super::session::{Done, Session, Temporary};
+use super::{FilesOptions, Problem};
 use crate::images::regfile::RegFileEntry;
 use crate::namespaces::{Mount, MountTable};
 use crate::sys::HostPid;
@@ -60,6 +60,7 @@ pub struct Paths {
     mounts: MountTable,
     /// The root of that namespace, where it can be reached.
     root: Option<OwnedFd>,
+    of_bundle: bool,
 }
 
 impl Paths {
@@ -67,8 +68,8 @@ impl Paths {
     ///
     /// # Errors
     /// Those of reading `/proc/PID`: the process may be gone.
-    pub fn of(pid: HostPid) -> io::Result<Self> {
-        let mounts = MountTable::read(pid)?;
+    pub fn of(pid: HostPid, options: &FilesOptions) -> io::Result<Self> {
+        let mounts = MountTable::read(pid)?.without(&options.skipped_mounts);
         let root = if mounts.is_own() {
             Some("/".to_owned())
         } else {
@@ -78,7 +79,7 @@ impl Paths {
         };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = root.map(|root| rustix::fs::open(root, flags, Mode::empty())).transpose()?;
-        Ok(Self { mounts, root })
+        Ok(Self { mounts, root, of_bundle: options.of_bundle })
     }
 
     /// Finds the name to save a file under, and makes sure that a restore will find the same file there.
@@ -99,12 +100,11 @@ impl Paths {
             if is_memory_device {
                 return Ok(Name { path: found.name.to_vec(), mnt_id: None, deleted: false });
             }
+            let named = format!(", or name it with --external file[{:x}:{:x}]", found.mnt_id, found.stat.stx_ino);
+            let named = if self.of_bundle { "" } else { &named };
             return Err(Problem::new(
                 format!("the file lies outside the mounts of the tree (mount {})", found.mnt_id),
-                format!(
-                    "have the program close it, or name it with --external file[{:x}:{:x}]",
-                    found.mnt_id, found.stat.stx_ino
-                ),
+                format!("have the program close it{named}"),
             ));
         };
         let mnt_id = (!self.mounts.is_own()).then_some(found.mnt_id);

@@ -28,6 +28,10 @@ pub struct NamespaceOptions {
     pub external_namespaces: BTreeMap<(NamespaceKind, u64), String>,
     /// Whether the restore is to make an empty network namespace, which others will fill.
     pub empty_net: bool,
+    /// Mount points whose mounts are left out, as if they were not there.
+    pub skipped_mounts: Vec<PathBuf>,
+    /// Whether what is external comes from a bundle's config, of which remedies then speak.
+    pub of_bundle: bool,
 }
 
 /// Why the namespaces of a tree could not be examined.

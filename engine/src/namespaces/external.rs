@@ -1,7 +1,7 @@
 //! What lies outside a tree, as CRIU's command line names it: `mnt[WHERE]:KEY` at a dump and `mnt[KEY]:PATH` at a restore,
 //! `net[INODE]:KEY` and `pid[INODE]:KEY`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::kind::NamespaceKind;
 use super::{FindMounts, NamespaceOptions, RestoreNamespaceOptions};
@@ -50,8 +50,8 @@ impl RestoreNamespaceOptions {
                 Ok(true)
             }
             Some(("mnt", key, path)) if !key.is_empty() && !path.is_empty() => {
-                let path = std::path::absolute(path).map_err(|error| format!("--external {text}: {error}"))?;
-                self.external_mounts.insert(key.to_owned(), path);
+                // CRIU looks for it from the root, wherever it was started.
+                self.external_mounts.insert(key.to_owned(), Path::new("/").join(path));
                 Ok(true)
             }
             Some(("mnt", ..)) => Err(format!("--external {text}: write mnt[KEY]:PATH, or mnt[]")),
@@ -91,5 +91,7 @@ mod tests {
         assert_eq!((options.add_external("mnt[b]:/x"), options.add_external("file[1:2]")), (Ok(true), Ok(false)));
         assert_eq!(options.external_mounts, [("b".into(), "/x".into())].into());
         assert!(options.add_external("mnt[b]").is_err());
+        assert_eq!(options.add_external("mnt[c]:y/z"), Ok(true));
+        assert_eq!(options.external_mounts["c"], Path::new("/y/z"));
     }
 }

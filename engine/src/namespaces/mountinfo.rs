@@ -125,6 +125,13 @@ impl MountTable {
         Self { mounts, by_id, own }
     }
 
+    /// The table without the mounts at these points, of which the root is none.
+    pub fn without(self, points: &[PathBuf]) -> Self {
+        let own = self.own;
+        let stays = |mount: &Mount| mount.point.as_os_str() == "/" || !points.contains(&mount.point);
+        Self::new(self.mounts.into_iter().filter(stays).collect(), own)
+    }
+
     /// All mounts, in the kernel's order, which says nothing of what lies on what.
     pub fn mounts(&self) -> &[Mount] {
         &self.mounts
@@ -354,6 +361,15 @@ mod tests {
         assert_eq!(table.image_path(101, Path::new("pipe:[1]")), None);
         table.own = true;
         assert_eq!(table.image_path(101, file), Some(ImagePath { mnt_id: None, path: file.into() }));
+    }
+
+    #[test]
+    fn mounts_are_left_out_by_their_points() {
+        let mount = |id, parent, point: &str| Mount { id, parent, point: point.into(), ..Mount::default() };
+        let all = MountTable::new(vec![mount(1, 1, "/"), mount(2, 1, "/a"), mount(3, 2, "/a/b")], true);
+        let kept = all.without(&["/a/".into(), "/".into()]);
+        assert_eq!(kept.mounts().iter().map(|mount| mount.id).collect::<Vec<_>>(), [1, 3]);
+        assert!(kept.is_own() && kept.get(2).is_none() && kept.get(3).is_some());
     }
 
     #[test]

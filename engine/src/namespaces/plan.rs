@@ -44,6 +44,10 @@ pub struct RestoreNamespaceOptions {
     pub join: Vec<(NamespaceKind, OwnedFd)>,
     /// Whether a new network namespace is left empty, for others to fill.
     pub empty_net: bool,
+    /// The SELinux context of mounts that were mounted with one (`context=`).
+    pub mount_context: Option<String>,
+    /// Whether what is external comes from a bundle's config, of which remedies then speak.
+    pub of_bundle: bool,
     /// Whether the clocks of a tree that lived in ferry's own time namespace show ferry's, instead of going on.
     pub keep_clocks: bool,
 }
@@ -173,7 +177,7 @@ impl RestorePlan {
                     .entries(Kind::Mnts, &name)?
                     .ok_or_else(|| PlanNamespacesError::Missing { name: name.clone() })?;
                 let root = options.root.clone().unwrap_or_else(|| "/".into());
-                let mounts = MountPlan::new(&entries, images, root, &options.external_mounts, options.found_mounts)
+                let mounts = MountPlan::new(&entries, images, root, options)
                     .map_err(|problem| PlanNamespacesError::Damaged { name, problem })?;
                 let obstacle = |finding: &Finding| NamespaceObstacle {
                     object: finding.object.clone(),
@@ -234,7 +238,10 @@ impl RestorePlan {
                 None => self.obstacles.push(NamespaceObstacle {
                     object: format!("{} namespace", kind.name()),
                     problem: format!("it is external, and nothing is given for its key {key:?}"),
-                    remedy: format!("--inherit-fd 'fd[N]:{key}'"),
+                    remedy: match options.of_bundle {
+                        true => "give its path in the bundle's config.json (linux.namespaces)".to_owned(),
+                        false => format!("--inherit-fd 'fd[N]:{key}'"),
+                    },
                 }),
             },
         }

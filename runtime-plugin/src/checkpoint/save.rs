@@ -57,6 +57,8 @@ pub fn options(container: &Container, spec: &Spec, args: &CheckpointArgs) -> Res
     };
     options.files.file_locks = args.file_locks;
     options.files.outside_stdio = true;
+    options.files.of_bundle = true;
+    options.namespaces.of_bundle = true;
     let has_terminal = spec.process().as_ref().is_some_and(|process| process.terminal().unwrap_or(false));
     options.files.outside_terminal = has_terminal || args.shell_job;
     let key = |path: &Path| path.display().to_string();

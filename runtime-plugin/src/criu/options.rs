@@ -333,9 +333,6 @@ impl Options {
             ("--tls", self.tls),
             ("--cgroup-props", self.cgroup_props.is_some()),
             ("--cgroup-props-file", self.cgroup_props_file.is_some()),
-            ("--lsm-profile", self.lsm_profile.is_some()),
-            ("--lsm-mount-context", self.lsm_mount_context.is_some()),
-            ("--skip-mnt", !self.skip_mnt.is_empty()),
         ];
         asked.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
     }

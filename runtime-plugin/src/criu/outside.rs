@@ -12,21 +12,33 @@ use ferry_engine::sys::{HostPid, nsfs, pidfd};
 use super::options::Options;
 use crate::failure::Failure;
 
-/// Devices outside that a restore connects devices of the tree to. Images with such devices are refused by their own names, so there
-/// is nothing to do for these.
-const DEVICES: [&str; 2] = ["veth[", "macvlan["];
+/// What cannot be done with objects outside, by the words they are named with, and what can be done instead.
+const UNSUPPORTED: [(&str, &str, &str); 4] = [
+    ("dev[", "mount block devices", "mount it on the host and name the mount: mnt[/POINT]:KEY"),
+    ("veth[", NO_DEVICES, OTHER_NETWORK),
+    ("macvlan[", NO_DEVICES, OTHER_NETWORK),
+    (
+        "unix[",
+        "save sockets whose peer is outside",
+        "have the program or its peer close the connection before the dump",
+    ),
+];
+const NO_DEVICES: &str = "make network devices";
+const OTHER_NETWORK: &str = "give the tree a network namespace of the host (net[INODE]:KEY), or an empty one (--empty-ns net) and make them in it";
 
 /// Names to a dump what is outside.
 ///
 /// # Errors
 /// A word that is none of the forms.
 pub fn for_dump(options: &Options, dump: &mut DumpOptions) -> Result<(), Failure> {
-    for external in options.external.iter().cloned().chain(mount_map(options)?) {
-        refuse_block_device(&external)?;
+    for external in externals(options)? {
+        refuse_unsupported(&external)?;
         if !dump.namespaces.add_external(&external).map_err(Failure::new)? {
             dump.files.external.insert(external);
         }
     }
+    dump.namespaces.skipped_mounts = options.skip_mnt.clone();
+    dump.files.skipped_mounts = options.skip_mnt.clone();
     let NamespaceOptions { found_mounts, .. } = &mut dump.namespaces;
     if let Some(FindMounts { masters, sharing }) = found_mounts {
         *masters |= options.enable_external_masters;
@@ -40,10 +52,10 @@ pub fn for_dump(options: &Options, dump: &mut DumpOptions) -> Result<(), Failure
 /// # Errors
 /// A word that is none of the forms, or something that cannot be opened.
 pub fn for_restore(options: &Options, restore: &mut RestoreOptions<'_>) -> Result<(), Failure> {
-    for external in options.external.iter().cloned().chain(mount_map(options)?) {
-        refuse_block_device(&external)?;
+    for external in externals(options)? {
+        refuse_unsupported(&external)?;
         let taken = restore.namespaces.add_external(&external).map_err(Failure::new)?;
-        if !taken && !DEVICES.iter().any(|device| external.starts_with(device)) {
+        if !taken {
             tracing::debug!(
                 "--external {external} says nothing to a restore: what is restored from it is given by --inherit-fd"
             );
@@ -68,6 +80,16 @@ pub fn for_restore(options: &Options, restore: &mut RestoreOptions<'_>) -> Resul
     Ok(())
 }
 
+/// Everything outside, in the words of `--external`, whatever option names it.
+fn externals(options: &Options) -> Result<Vec<String>, Failure> {
+    let pair = |pair: &String| match pair.split_once('=') {
+        Some((inside, outside)) => Ok(format!("veth[{inside}]:{outside}")),
+        None => Err(Failure::new(format!("--veth-pair {pair}: IN=OUT is wanted"))),
+    };
+    let pairs = options.veth_pair.iter().map(pair).collect::<Result<Vec<_>, _>>()?;
+    Ok(options.external.iter().cloned().chain(mount_map(options)?).chain(pairs).collect())
+}
+
 /// `--ext-mount-map KEY:VALUE` and `auto`, as `--external` says it.
 fn mount_map(options: &Options) -> Result<Vec<String>, Failure> {
     let external = |map: &String| match map.split_once(':') {
@@ -78,13 +100,13 @@ fn mount_map(options: &Options) -> Result<Vec<String>, Failure> {
     options.ext_mount_map.iter().map(external).collect()
 }
 
-fn refuse_block_device(external: &str) -> Result<(), Failure> {
-    if !external.starts_with("dev[") {
-        return Ok(());
+fn refuse_unsupported(external: &str) -> Result<(), Failure> {
+    match UNSUPPORTED.iter().find(|(kind, ..)| external.starts_with(kind)) {
+        None => Ok(()),
+        Some((_, what, remedy)) => {
+            Err(Failure::new(format!("--external {external}: ferry does not {what} yet; {remedy}")))
+        }
     }
-    Err(Failure::new(format!(
-        "--external {external}: ferry does not mount block devices yet; mount it on the host and name the mount: mnt[/POINT]:KEY"
-    )))
 }
 
 /// `fd[N]:KEY`, as a descriptor of its own.
@@ -159,7 +181,9 @@ mod tests {
         assert_eq!(found(&["dump", "-M", "auto"]), Some(FindMounts::default()));
         let both = Some(FindMounts { masters: true, sharing: true });
         assert_eq!(found(&["dump", "--external", "mnt[]:s", "--enable-external-masters"]), both);
-        assert!(for_dump(&parse(&["dump", "--external", "dev[8/1]:x"]), &mut DumpOptions::default()).is_err());
+        for external in ["dev[8/1]:x", "unix[12]", "veth[a]:b", "macvlan[a]:b"] {
+            assert!(for_dump(&parse(&["dump", "--external", external]), &mut DumpOptions::default()).is_err());
+        }
     }
 
     #[test]

@@ -81,6 +81,7 @@ fn await_end(root: HostPid) -> Result<(), Failure> {
 }
 
 fn restore_options<'a>(options: &Options) -> Result<RestoreOptions<'a>, Failure> {
+    super::lsm::check(options)?;
     let mut restore = RestoreOptions {
         shell_job: options.shell_job,
         terminal: crate::own_terminal::own_terminal(options.shell_job)?,
@@ -94,6 +95,7 @@ fn restore_options<'a>(options: &Options) -> Result<RestoreOptions<'a>, Failure>
     restore.namespaces = RestoreNamespaceOptions {
         root: options.root.clone(),
         empty_net: options.empty_ns.iter().any(|kind| kind == "net"),
+        mount_context: options.lsm_mount_context.clone(),
         ..RestoreNamespaceOptions::default()
     };
     outside::for_restore(options, &mut restore)?;

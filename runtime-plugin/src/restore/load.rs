@@ -35,6 +35,7 @@ pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(),
         root: Some(rootfs),
         external_mounts: outside.into_iter().map(|(point, source)| (point.display().to_string(), source)).collect(),
         empty_net: !plan.args.empty_ns.is_empty(),
+        of_bundle: true,
         ..RestoreNamespaceOptions::default()
     };
     for (kind, path) in externals::namespaces(spec) {

@@ -40,8 +40,7 @@ impl Mounts {
         options: &NamespaceOptions,
         cgroup_namespace: bool,
     ) -> io::Result<(Self, Vec<Finding>)> {
-        let table = MountTable::read(root.pid)?;
-        let mut findings = Vec::new();
+        let (table, mut findings) = read(root.pid, options)?;
         let record = |mount: &Mount| {
             let mut mount = mount.clone();
             if cgroup_namespace && mount.fs_type.starts_with("cgroup") {
@@ -55,6 +54,9 @@ impl Mounts {
         // Readers of images build the tree from a list in which the last mounted comes first.
         let records: Vec<Record> = table.mounts().iter().rev().map(record).collect();
         let mut mounts = Self { records, with_content: Vec::new() };
+        if !findings.is_empty() {
+            return Ok((mounts, findings));
+        }
         match source::root(&mounts.records) {
             Err(problem) => findings.push(Finding {
                 object: "mount namespace".into(),
@@ -73,13 +75,13 @@ impl Mounts {
                     let own = MountTable::read(HostPid(std::process::id() as i32))?;
                     outside::find(&mut mounts.records, place, &own, which);
                 }
-                mounts.find_sources(place, &table, &mut findings);
+                mounts.find_sources(place, &table, options.of_bundle, &mut findings);
             }
         }
         Ok((mounts, findings))
     }
 
-    fn find_sources(&mut self, root: usize, table: &MountTable, findings: &mut Vec<Finding>) {
+    fn find_sources(&mut self, root: usize, table: &MountTable, of_bundle: bool, findings: &mut Vec<Finding>) {
         let found = source::sources(&self.records, root);
         let refuse = |place: usize, problem: &str| Finding {
             object: self.records[place].name(),
@@ -99,7 +101,7 @@ impl Mounts {
                 findings.push(Finding { object: record.name(), problem, remedy });
             };
             match &source {
-                Err(reason) => finding(reason.problem.clone(), reason.remedy.clone()),
+                Err(reason) => finding(reason.problem.clone(), reason.remedy(record, of_bundle)),
                 Ok(Source::New) if record.mount.fs_type == "tmpfs" => {
                     if table.lookup(&record.mount.point).is_some_and(|seen| seen.id != record.mount.id) {
                         finding("another mount hides it, so that its content cannot be read".into(), String::new());
@@ -164,4 +166,20 @@ fn copy(mount: &Mount) -> io::Result<OwnedFd> {
 fn is_namespace_root(task: &TaskRef, id: i32) -> io::Result<bool> {
     let root = visit(task.pidfd(), &[NamespaceKind::Mnt], || statx(CWD, c"/", AtFlags::empty(), StatxFlags::MNT_ID))??;
     Ok(root.stx_mnt_id == id as u64)
+}
+/// The mounts that the task sees, without those to be left out; and those that cannot do without them.
+fn read(pid: HostPid, options: &NamespaceOptions) -> io::Result<(MountTable, Vec<Finding>)> {
+    let all = MountTable::read(pid)?;
+    if options.skipped_mounts.is_empty() {
+        return Ok((all, Vec::new()));
+    }
+    let table = all.clone().without(&options.skipped_mounts);
+    let hangs = |mount: &&Mount| all.get(mount.parent).is_some() && table.get(mount.parent).is_none();
+    let finding = |mount: &Mount| Finding {
+        object: format!("mount {} ({})", mount.point.display(), mount.fs_type),
+        problem: "what it is mounted on is to be left out".into(),
+        remedy: format!("leave it out as well: --skip-mnt {}", mount.point.display()),
+    };
+    let findings = table.mounts().iter().filter(hangs).map(finding).collect();
+    Ok((table, findings))
 }

@@ -10,6 +10,7 @@
 //! | `restore`, `script` | the restore, by calls of the root task |
 
 mod collect;
+mod context;
 mod order;
 mod outside;
 mod record;

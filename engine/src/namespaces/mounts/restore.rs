@@ -8,7 +8,7 @@
 //! nothing hides it. Content of a tmpfs is unpacked by ferry before anything is mounted on it. Mounts are private until the
 //! end; peer groups are made then (`MOVE_MOUNT_SET_GROUP`, Linux 5.15).
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 
 use super::Finding;
+use super::context::with_context;
 use super::order::{HIDDEN_PEER, hidden_peers, order};
 use super::outside::FOUND;
 use super::record::Record;
@@ -28,6 +29,7 @@ use crate::file_tree::unpack;
 use crate::files::OpenMaster;
 use crate::images::mnt::MntEntry;
 use crate::images::{ImageSet, Kind, RawImage};
+use crate::namespaces::RestoreNamespaceOptions;
 use crate::namespaces::mountinfo::Mount;
 use crate::sys::HostPid;
 use crate::sys::terminal::TIOCGPTN;
@@ -105,16 +107,19 @@ impl MountPlan {
         entries: &[MntEntry],
         images: &ImageSet,
         root_path: PathBuf,
-        given: &BTreeMap<String, PathBuf>,
-        found: bool,
+        options: &RestoreNamespaceOptions,
     ) -> Result<Self, String> {
-        let mounts: Vec<Record> = entries.iter().map(Record::from_image).collect::<Result<_, _>>()?;
+        let mut mounts: Vec<Record> = entries.iter().map(Record::from_image).collect::<Result<_, _>>()?;
+        for record in mounts.iter_mut().filter(|record| record.external.is_none()) {
+            record.mount.options = with_context(&record.mount.options, options.mount_context.as_deref());
+        }
         let root = source::root(&mounts)?;
         let mut findings = Vec::new();
         let mut sources = Vec::with_capacity(mounts.len());
         for (record, source) in mounts.iter().zip(source::sources(&mounts, root)) {
             sources.push(source.unwrap_or_else(|reason| {
-                findings.push(Finding { object: record.name(), problem: reason.problem, remedy: reason.remedy });
+                let remedy = reason.remedy(record, options.of_bundle);
+                findings.push(Finding { object: record.name(), problem: reason.problem, remedy });
                 Source::New
             }));
         }
@@ -133,9 +138,10 @@ impl MountPlan {
                 }
             }
         }
-        let given = given.iter().map(|(key, path)| (key.clone(), path.clone())).collect();
+        let given = options.external_mounts.iter().map(|(key, path)| (key.clone(), path.clone())).collect();
+        let found = options.found_mounts;
         let mut plan = Self { mounts, root, sources, order, content, given, found, root_path, findings };
-        plan.find_obstacles();
+        plan.find_obstacles(options.of_bundle);
         Ok(plan)
     }
 
@@ -144,7 +150,7 @@ impl MountPlan {
         &self.findings
     }
 
-    fn find_obstacles(&mut self) {
+    fn find_obstacles(&mut self, of_bundle: bool) {
         let mut findings = Vec::new();
         let mut find = |record: &Record, problem: String, remedy: String| {
             findings.push(Finding { object: record.name(), problem, remedy });
@@ -163,6 +169,11 @@ impl MountPlan {
                         record,
                         format!("it was found at {} of the host", record.mount.source.display()),
                         "allow that again: --external 'mnt[]'".into(),
+                    ),
+                    None if of_bundle => find(
+                        record,
+                        "it was bound from the host, and the bundle has no bind mount there".into(),
+                        format!("add one with the destination {} to config.json", point.display()),
                     ),
                     None => find(
                         record,

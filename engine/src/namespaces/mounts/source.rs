@@ -33,8 +33,20 @@ pub enum Source {
 pub struct NoSource {
     /// What is wrong.
     pub problem: String,
-    /// What to do.
-    pub remedy: String,
+    /// What to do; none where naming the mount as external helps.
+    pub remedy: Option<&'static str>,
+}
+
+impl NoSource {
+    /// What to do with `mount`, of a container that a bundle's config describes or of any tree.
+    pub fn remedy(&self, mount: &Record, of_bundle: bool) -> String {
+        let point = mount.mount.point.display();
+        match self.remedy {
+            Some(remedy) => remedy.to_owned(),
+            None if of_bundle => "unmount it, or make it a bind mount of the bundle's config".to_owned(),
+            None => format!("name it as external: --external 'mnt[{point}]:KEY'"),
+        }
+    }
 }
 
 /// Types whose content is the kernel's, or is saved.
@@ -118,7 +130,7 @@ pub fn sources(mounts: &[Record], root: usize) -> Vec<Result<Source, NoSource>> 
         if mount.deleted {
             return Err(NoSource {
                 problem: format!("it is bound from {}, which was deleted", mount.root.display()),
-                remedy: "unmount it".into(),
+                remedy: Some("unmount it"),
             });
         }
         match first.get(&mount.device) {
@@ -137,20 +149,16 @@ pub fn sources(mounts: &[Record], root: usize) -> Vec<Result<Source, NoSource>> 
                 return Ok(Source::Bind { of, part: part.to_owned() });
             }
         }
-        let point = mount.point.display();
         Err(if makes_new(&mounts[place]) {
             NoSource {
                 problem: format!(
                     "it shows only {} of a file system that is mounted nowhere else here",
                     mount.root.display()
                 ),
-                remedy: format!("name it as external: --external 'mnt[{point}]:KEY'"),
+                remedy: None,
             }
         } else {
-            NoSource {
-                problem: "it is a file system from outside the tree".into(),
-                remedy: format!("name it as external: --external 'mnt[{point}]:KEY'"),
-            }
+            NoSource { problem: "it is a file system from outside the tree".into(), remedy: None }
         })
     };
     (0..mounts.len()).map(find).collect()
@@ -223,7 +231,8 @@ pub(super) mod tests {
         ];
         assert_eq!(sources.iter().map(|source| source.clone().ok()).collect::<Vec<_>>(), expected);
         let problem = sources[7].clone().unwrap_err();
-        assert!(problem.remedy.contains("mnt[/c]"), "{problem:?}");
+        assert!(problem.remedy(&mounts[7], false).contains("mnt[/c]"), "{problem:?}");
+        assert!(problem.remedy(&mounts[7], true).contains("bind mount"), "{problem:?}");
     }
 
     #[test]

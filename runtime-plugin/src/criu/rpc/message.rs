@@ -152,6 +152,10 @@ pub struct RequestOptions {
     pub inherit_fd: Vec<InheritFd>,
     #[prost(bool, optional, tag = "28")]
     pub auto_ext_mnt: Option<bool>,
+    #[prost(bool, optional, tag = "29")]
+    pub ext_sharing: Option<bool>,
+    #[prost(bool, optional, tag = "30")]
+    pub ext_masters: Option<bool>,
     #[prost(string, repeated, tag = "31")]
     pub skip_mnt: Vec<String>,
     #[prost(string, repeated, tag = "32")]
@@ -168,6 +172,12 @@ pub struct RequestOptions {
     pub empty_ns: Option<u32>,
     #[prost(message, repeated, tag = "39")]
     pub join_ns: Vec<JoinNamespace>,
+    #[prost(string, optional, tag = "41")]
+    pub cgroup_props: Option<String>,
+    #[prost(string, optional, tag = "42")]
+    pub cgroup_props_file: Option<String>,
+    #[prost(string, repeated, tag = "43")]
+    pub cgroup_dump_controller: Vec<String>,
     #[prost(string, optional, tag = "44")]
     pub freeze_cgroup: Option<String>,
     #[prost(uint32, optional, tag = "45")]
@@ -188,6 +198,8 @@ pub struct RequestOptions {
     pub lsm_profile: Option<String>,
     #[prost(bool, optional, tag = "58")]
     pub tls: Option<bool>,
+    #[prost(string, optional, tag = "60")]
+    pub cgroup_yard: Option<String>,
     #[prost(int32, optional, tag = "61")]
     pub pre_dump_mode: Option<i32>,
     #[prost(string, optional, tag = "63")]

@@ -64,6 +64,8 @@ fn prepare_any(kind: RequestType, asked: &RequestOptions, peer: &Peer) -> Result
             ("images_dir", asked.images_dir.is_some()),
             ("config_file", asked.config_file.is_some()),
             ("freeze_cgroup", asked.freeze_cgroup.is_some()),
+            ("cgroup_props_file", asked.cgroup_props_file.is_some()),
+            ("cgroup_yard", asked.cgroup_yard.is_some()),
         ] {
             if given {
                 return Err(peer.refused(&format!("may not use {name}"), "leave it out, or ask as root"));
@@ -183,6 +185,8 @@ fn add_switches(words: &mut Words, asked: &RequestOptions) {
         ("link-remap", asked.link_remap),
         ("restore-sibling", asked.rst_sibling),
         ("lazy-pages", asked.lazy_pages),
+        ("enable-external-sharing", asked.ext_sharing),
+        ("enable-external-masters", asked.ext_masters),
         ("tls", asked.tls),
     ];
     for (name, on) in switches {
@@ -196,6 +200,9 @@ fn add_values(words: &mut Words, asked: &RequestOptions) -> Result<(), Failure> 
     words.optional("freeze-cgroup", asked.freeze_cgroup.as_ref());
     words.optional("lsm-profile", asked.lsm_profile.as_ref());
     words.optional("lsm-mount-context", asked.lsm_mount_context.as_ref());
+    words.optional("cgroup-props", asked.cgroup_props.as_ref());
+    words.optional("cgroup-props-file", asked.cgroup_props_file.as_ref());
+    words.optional("cgroup-yard", asked.cgroup_yard.as_ref());
     if let Some(limit) = asked.ghost_limit {
         words.value("ghost-limit", limit.to_string());
     }
@@ -278,6 +285,9 @@ fn add_objects(words: &mut Words, asked: &RequestOptions) -> Result<(), Failure>
             Some(controller) => words.value("cgroup-root", format!("{controller}:{}", root.path)),
             None => words.value("cgroup-root", &root.path),
         }
+    }
+    for controller in &asked.cgroup_dump_controller {
+        words.value("cgroup-dump-controller", controller);
     }
     for mount in &asked.skip_mnt {
         words.value("skip-mnt", mount);
