@@ -34,6 +34,8 @@ pub enum DumpStep {
     Stopped,
     /// The leader of a process is made to call mmap(2): it has other registers than its own.
     Call,
+    /// It is at the entry of that call.
+    Mapping,
     /// The area of the agents is in a process; no agent runs.
     Area,
     /// An agent runs in a thread.
@@ -46,6 +48,8 @@ pub enum DumpStep {
     Leave,
     /// The leader of a process is made to call munmap(2): it has other registers than its own.
     Unmap,
+    /// It is at the entry of that call.
+    Unmapping,
     /// No agent and no area is in a process any more.
     Left,
     /// The pages of one process or object are to be written.
@@ -59,12 +63,14 @@ impl DumpStep {
     pub const ALL: &'static [Self] = &[
         Self::Stopped,
         Self::Call,
+        Self::Mapping,
         Self::Area,
         Self::Enter,
         Self::Batch,
         Self::Answers,
         Self::Leave,
         Self::Unmap,
+        Self::Unmapping,
         Self::Left,
         Self::Pages,
         Self::Records,

@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::agent::arch::{self, Registers};
+use crate::agent::arch::{self, Registers, SelfJump};
+use crate::agent::landing::{Foothold, Landing};
 use crate::agent::recover;
 use crate::procfs::Stat;
 use crate::sys::shared::SharedMemory;
@@ -78,7 +79,7 @@ pub(crate) struct ThreadNote {
 pub(crate) struct AreaNote {
     pub leader: HostPid,
     pub range: std::ops::Range<u64>,
-    pub syscall_at: RemoteAddr,
+    pub foothold: Foothold,
 }
 
 /// The place of a note.
@@ -109,13 +110,16 @@ impl Journal {
     }
 
     /// Notes that an area of `len` bytes is to be mapped in the process of `leader`. None when there is no room.
-    pub(crate) fn area(&self, leader: HostPid, len: u64, syscall_at: RemoteAddr) -> Option<Place> {
+    pub(crate) fn area(&self, leader: HostPid, len: u64, foothold: Foothold) -> Option<Place> {
         let place = self.free(&AREAS, 0)?.1;
         self.next_thread.store(0, Ordering::Relaxed);
         self.put(place, 4, &leader.0.to_ne_bytes());
         self.put(place, 8, &0u64.to_ne_bytes());
         self.put(place, 16, &len.to_ne_bytes());
-        self.put(place, 24, &syscall_at.0.to_ne_bytes());
+        self.put(place, 24, &foothold.syscall_at.0.to_ne_bytes());
+        let landing = foothold.landing.map_or((0, 0), |landing| (landing.at.0, landing.jump as u64 + 1));
+        self.put(place, 32, &landing.0.to_ne_bytes());
+        self.put(place, 40, &landing.1.to_ne_bytes());
         self.set(place, 1);
         Some(place)
     }
@@ -240,7 +244,10 @@ impl Journal {
         (self.memory.word(place.0).load(Ordering::Acquire) != 0).then(|| {
             let (start, len) = (self.get(place, 8), self.get(place, 16));
             let leader = HostPid(self.memory.word(place.0 + 4).load(Ordering::Relaxed) as i32);
-            AreaNote { leader, range: start..start.saturating_add(len), syscall_at: RemoteAddr(self.get(place, 24)) }
+            let jump = SelfJump::ALL.iter().copied().find(|jump| *jump as u64 + 1 == self.get(place, 40));
+            let landing = jump.map(|jump| Landing { at: RemoteAddr(self.get(place, 32)), jump });
+            let foothold = Foothold { syscall_at: RemoteAddr(self.get(place, 24)), landing };
+            AreaNote { leader, range: start..start.saturating_add(len), foothold }
         })
     }
 
@@ -334,9 +341,11 @@ mod tests {
         assert_eq!((note.tid, note.changed, note.mask), (HostPid(8), Changed::Mask, 6));
         assert_eq!(note.registers.rip, 0x1234);
         assert!(journal.thread_note(0).unwrap().is_none() && journal.thread_note(2).is_none());
-        let area = journal.area(HostPid(7), 0x3000, RemoteAddr(0x55)).unwrap();
+        let landing = Some(Landing { at: RemoteAddr(0x66), jump: SelfJump::Rbx });
+        let foothold = Foothold { syscall_at: RemoteAddr(0x55), landing };
+        let area = journal.area(HostPid(7), 0x3000, foothold).unwrap();
         journal.mapped(area, 0x1000);
         let note = journal.area_note(0).unwrap();
-        assert_eq!((note.leader, note.range, note.syscall_at), (HostPid(7), 0x1000..0x4000, RemoteAddr(0x55)));
+        assert_eq!((note.leader, note.range, note.foothold), (HostPid(7), 0x1000..0x4000, foothold));
     }
 }

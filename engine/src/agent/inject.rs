@@ -2,8 +2,8 @@
 //!
 //! At each instant of this ferry may be killed, and the kernel then lets the thread run on with the registers that it has. Those
 //! are its own; or the runner's, which returns to its own; or they make it *park*: call pause(2) with all signals blocked,
-//! until the watcher of the dump ([`crate::journal`]) puts it right. The exceptions are the instants in which mmap(2) and munmap(2)
-//! themselves are in the call that the parked thread has entered: see `docs/freezing.md`, "If ferry dies".
+//! until the watcher of the dump ([`crate::journal`]) puts it right. While mmap(2) or munmap(2) are in the place of that call, they
+//! make it circle ([`super::landing`]), where the program has code for that: see `docs/freezing.md`, "If ferry dies".
 //!
 //! One injected mmap(2) makes the shared area; it goes through a `syscall` instruction that the task has already, so
 //! not a byte of its memory is changed. `/proc/PID/map_files` (`CAP_CHECKPOINT_RESTORE`, Linux 5.9) gives ferry the
@@ -18,6 +18,7 @@ use std::slice;
 use nix::errno::Errno;
 
 use super::arch::{self, Registers};
+use super::landing::Foothold;
 use super::{AgentError, Area, Runner, watch};
 use crate::fault::{DumpStep, Interrupted};
 use crate::journal::{Changed, Journal, Place};
@@ -158,22 +159,31 @@ pub(crate) fn park(
 
 /// Executes one system call in a parked thread in a ptrace stop, and leaves it so.
 ///
-/// It is the entry of pause(2) that becomes the call, and at its exit the thread is parked again.
-pub(crate) fn call_parked(
+/// It is the entry of pause(2) that becomes the call, and at its exit the thread is parked again. `entered` is called between the two,
+/// and `done` with what the call returned, unless that is an error,
+/// before the thread is parked.
+fn call_parked(
     tid: HostPid,
-    syscall_at: RemoteAddr,
-    number: i64,
-    arguments: [u64; 6],
+    foothold: Foothold,
+    (number, arguments): (i64, [u64; 6]),
+    entered: impl FnOnce(),
+    done: impl FnOnce(u64),
 ) -> Result<u64, AgentError> {
     let failed = |step| move |errno| AgentError::Inject { tid, step, errno };
     to_next_edge(tid).map_err(failed("run a system call in it"))?;
     let entry = ptrace::registers(tid).map_err(failed("read its registers"))?;
-    ptrace::set_registers(tid, &arch::call_registers(&entry, number, arguments))
+    ptrace::set_registers(tid, &arch::call_registers(&entry, number, arguments, foothold.landing))
         .map_err(failed("set its registers"))?;
+    entered();
     to_next_edge(tid).map_err(failed("run a system call in it"))?;
     let after = ptrace::registers(tid).map_err(failed("read a system call's result"))?;
-    ptrace::set_registers(tid, &arch::parked_registers(&after, syscall_at)).map_err(failed("set its registers"))?;
-    match arch::call_result(&after) {
+    let result = arch::call_result(&after);
+    if result >= 0 {
+        done(after.rax);
+    }
+    ptrace::set_registers(tid, &arch::parked_registers(&after, foothold.syscall_at))
+        .map_err(failed("set its registers"))?;
+    match result {
         error @ -4095..0 => Err(AgentError::Call { tid, number, index: 0, errno: Errno::from_raw(-error as i32) }),
         value => Ok(value as u64),
     }
@@ -201,13 +211,13 @@ pub fn call_once(
     arguments: [u64; 6],
 ) -> Result<u64, AgentError> {
     park(tid, base, syscall_at, || ())?;
-    call_parked(tid, syscall_at, number, arguments)
+    call_parked(tid, syscall_at.into(), (number, arguments), || (), |_| ())
 }
 
 /// The agents of one process: the leader's, and those of other threads where they were needed.
 pub struct Injected<'a> {
     overseer: Overseer<'a>,
-    syscall_at: RemoteAddr,
+    foothold: Foothold,
     /// The first is the leader, which is parked until its runner starts.
     taken: Vec<Taken>,
     runners: Vec<Runner>,
@@ -225,15 +235,16 @@ impl<'a> Injected<'a> {
     pub fn new(
         leader: HostPid,
         context: &Context,
-        syscall_at: RemoteAddr,
+        foothold: impl Into<Foothold>,
         threads: usize,
         list: &mut RobustList,
         overseer: Overseer<'a>,
     ) -> Result<Self, AgentError> {
         let len = (PAGE_SIZE as usize + LEADER_SLOT + threads * THREAD_SLOT) as u64;
-        let note = overseer.journal.and_then(|journal| journal.area(leader, len, syscall_at));
+        let foothold = foothold.into();
+        let note = overseer.journal.and_then(|journal| journal.area(leader, len, foothold));
         let taken = vec![Taken::take(leader, context, &overseer)];
-        let mut injected = Self { overseer, syscall_at, taken, runners: Vec::new(), mapped: None, area: None, note };
+        let mut injected = Self { overseer, foothold, taken, runners: Vec::new(), mapped: None, area: None, note };
         match injected.set_up(len, list) {
             Ok(()) => Ok(injected),
             Err(error) => {
@@ -246,20 +257,26 @@ impl<'a> Injected<'a> {
 
     fn set_up(&mut self, len: u64, list: &mut RobustList) -> Result<(), AgentError> {
         let leader = &self.taken[0];
-        leader.park(self.syscall_at, &self.overseer)?;
+        leader.park(self.foothold.syscall_at, &self.overseer)?;
         (self.overseer.pass)(DumpStep::Call)?;
         let protection = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64;
         let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
         let arguments = [0, len, protection, flags, u64::MAX, 0];
         let tid = leader.tid;
-        let start = call_parked(tid, self.syscall_at, libc::SYS_mmap, arguments).map_err(|error| match error {
+        let mut passed = Ok(());
+        let entered = || passed = (self.overseer.pass)(DumpStep::Mapping);
+        let noted = |start| {
+            if let Some((journal, note)) = self.overseer.journal.zip(self.note) {
+                journal.mapped(note, start);
+            }
+        };
+        let called = call_parked(tid, self.foothold, (libc::SYS_mmap, arguments), entered, noted);
+        let start = called.map_err(|error| match error {
             AgentError::Call { errno: Errno::EACCES | Errno::EPERM, .. } => AgentError::MemoryDenied { tid },
             error => error,
         })?;
         self.mapped = Some(start..start + len);
-        if let Some((journal, note)) = self.overseer.journal.zip(self.note) {
-            journal.mapped(note, start);
-        }
+        passed?;
         (self.overseer.pass)(DumpStep::Area)?;
         self.area = Some(Self::open_area(leader.tid, start, len)?);
         self.start(0, LEADER_SLOT, list)
@@ -364,11 +381,12 @@ impl<'a> Injected<'a> {
 
     /// Parks the leader and has it unmap the area, if there is one.
     fn take_out(&self, leader: &Taken) -> Result<(), AgentError> {
-        leader.park(self.syscall_at, &self.overseer)?;
+        leader.park(self.foothold.syscall_at, &self.overseer)?;
         let Some(range) = &self.mapped else { return Ok(()) };
-        let passed = (self.overseer.pass)(DumpStep::Unmap);
+        let mut passed = (self.overseer.pass)(DumpStep::Unmap);
         let arguments = [range.start, range.end - range.start, 0, 0, 0, 0];
-        call_parked(leader.tid, self.syscall_at, libc::SYS_munmap, arguments)?;
+        let entered = || passed = passed.and((self.overseer.pass)(DumpStep::Unmapping));
+        call_parked(leader.tid, self.foothold, (libc::SYS_munmap, arguments), entered, |_| ())?;
         Ok(passed?)
     }
 }

@@ -14,6 +14,7 @@
 pub mod arch;
 mod batch;
 pub mod inject;
+pub mod landing;
 pub(crate) mod recover;
 mod slot;
 

@@ -1,7 +1,7 @@
 //! Putting the tasks right whose ferry was killed while agents were in them.
 //!
 //! A runner whose ferry dies returns by itself to what its thread was doing; a parked thread ([`super::inject`]) waits in
-//! pause(2) with its signals blocked; and either leaves the area mapped. Every thread is stopped once more: one that is
+//! pause(2) with its signals blocked, or circles where the call that it was in has left it ([`super::landing`]); and each leaves the area mapped. Every thread is stopped once more: one that is
 //! not its own self yet gets its noted registers and mask back, as a dump would have given them. Then one of them unmaps the area.
 //!
 //! Nothing waits without end: a thread that does not stop, because it is frozen or in uninterruptible sleep, is left to its
@@ -15,8 +15,8 @@ use super::arch;
 use super::inject::call_once;
 use crate::journal::{AreaNote, Changed, ThreadNote};
 use crate::procfs;
+use crate::sys::HostPid;
 use crate::sys::ptrace;
-use crate::sys::{HostPid, RemoteAddr};
 
 /// How long the threads of one process are waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -47,14 +47,15 @@ pub(crate) fn recover(area: &AreaNote, notes: &[ThreadNote]) -> Result<(), Recov
             Err(errno) => return Err(RecoverError::Stop { tid, errno }),
         }
     }
+    let mut area = area.clone();
     for note in notes.iter().filter(|note| stopped.0.contains(&note.tid)) {
         let failed = |errno| RecoverError::Registers { tid: note.tid, errno };
-        put_right(area, note).map_err(failed)?;
+        put_right(&mut area, note).map_err(failed)?;
     }
     // A leader that has exited while its threads run on runs nothing any more.
     match stopped.0.iter().find(|tid| !is_zombie(**tid)) {
-        Some(tid) if is_mapped(area) => {
-            unmap(*tid, area).map_err(|source| RecoverError::Unmap { range: area.range.clone(), source })
+        Some(tid) if is_mapped(&area) => {
+            unmap(*tid, &area).map_err(|source| RecoverError::Unmap { range: area.range.clone(), source })
         }
         _ => Ok(()),
     }
@@ -79,12 +80,16 @@ fn is_zombie(tid: HostPid) -> bool {
     procfs::Stat::read(tid).map_or(true, |stat| matches!(stat.state, 'Z' | 'X'))
 }
 
-/// Gives a thread back what it was noted with, if it is not its own self.
-fn put_right(area: &AreaNote, note: &ThreadNote) -> nix::Result<()> {
+/// Gives a thread back what it was noted with, if it is not its own self. One that has just mapped the area tells where it is.
+fn put_right(area: &mut AreaNote, note: &ThreadNote) -> nix::Result<()> {
     if note.changed == Changed::Registers {
         let now = ptrace::registers(note.tid)?;
         let in_runner = area.range.contains(&now.rip);
-        if !in_runner && !arch::is_parked(&now, area.syscall_at) {
+        let has_landed = area.foothold.landing.is_some_and(|landing| landing.at.0 == now.rip);
+        if has_landed && area.range.start == 0 && arch::call_result(&now) > 0 {
+            area.range = now.rax..now.rax.saturating_add(area.range.end);
+        }
+        if !in_runner && !has_landed && !arch::is_parked(&now, area.foothold.syscall_at) {
             // Its runner has returned, with the mask.
             return Ok(());
         }
@@ -107,7 +112,7 @@ fn unmap(tid: HostPid, area: &AreaNote) -> Result<(), super::AgentError> {
     let failed = |step| move |errno| super::AgentError::Inject { tid, step, errno };
     let registers = ptrace::registers(tid).map_err(failed("read its registers"))?;
     let mask = ptrace::signal_mask(tid).map_err(failed("read its signal mask"))?;
-    let at: RemoteAddr = area.syscall_at;
+    let at = area.foothold.syscall_at;
     let arguments = [area.range.start, area.range.end - area.range.start, 0, 0, 0, 0];
     let called = call_once(tid, &registers, at, libc::SYS_munmap, arguments);
     let back = ptrace::set_registers(tid, &registers).and_then(|()| ptrace::set_signal_mask(tid, mask));

@@ -7,6 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::agent::inject::{Context, Injected, Overseer, find_syscall_instruction};
+use crate::agent::landing::{Foothold, Landing};
 use crate::agent::{Call, Pending};
 use crate::cgroups::CgroupSets;
 use crate::error::Refusal;
@@ -266,12 +267,16 @@ impl Collector<'_> {
         let mut code: Vec<&Mapping> =
             mapped.iter().filter(|mapping| mapping.is_executable() && mapping.kind != Kind::Vsyscall).collect();
         code.sort_by_key(|mapping| vdso_first(&mapping.kind));
-        let at = find_syscall_instruction(task.pid, code.into_iter().map(|mapping| mapping.range.clone()))?;
+        let code = code.into_iter().map(|mapping| mapping.range.clone());
+        let foothold = Foothold {
+            syscall_at: find_syscall_instruction(task.pid, code.clone())?,
+            landing: Landing::find(task.pid, code),
+        };
         let contexts: Vec<(HostPid, &Context)> =
             process.threads.iter().map(|thread| (thread.tid, &thread.context)).collect();
         let pass = |step| self.options.step(step);
         let overseer = Overseer { journal: self.options.journal.as_ref(), pass: &pass };
-        let mut agents = Injected::new(task.pid, contexts[0].1, at, contexts.len() - 1, self.list, overseer)?;
+        let mut agents = Injected::new(task.pid, contexts[0].1, foothold, contexts.len() - 1, self.list, overseer)?;
         let result = ask_all(&mut agents, &contexts, outside, outsides, self.list, self.options);
         let left = agents.leave();
         self.list.clear();

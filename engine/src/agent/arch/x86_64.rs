@@ -8,6 +8,7 @@
 use std::arch::{asm, global_asm};
 use std::slice;
 
+use crate::agent::landing::Landing;
 use crate::sys::RemoteAddr;
 use crate::sys::clone::CloneArguments;
 use crate::sys::cpuid::{EXTENDED_START, XsaveLayout};
@@ -125,9 +126,52 @@ pub fn is_parked(registers: &Registers, at: RemoteAddr) -> bool {
         || (registers.rip == at.0 + SYSCALL_INSTRUCTION.len() as u64 && registers.orig_rax == pause)
 }
 
-/// The registers at the entry of a system call that make the kernel execute `number(arguments)` instead.
-pub fn call_registers(at_entry: &Registers, number: i64, arguments: [u64; 6]) -> Registers {
-    Registers {
+/// How an instruction jumps to itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SelfJump {
+    /// By its own displacement.
+    Relative,
+    /// Through rcx. A system call overwrites it, but for calls at whose entry it was set: those return with all registers (iretq).
+    Rcx,
+    /// Through rbx.
+    Rbx,
+    /// Through rbp.
+    Rbp,
+}
+
+impl SelfJump {
+    /// All of them.
+    pub const ALL: &'static [Self] = &[Self::Relative, Self::Rcx, Self::Rbx, Self::Rbp];
+}
+
+/// The first two bytes of `code` that jump to themselves, or would with the right value in a register.
+pub fn find_self_jump(code: &[u8]) -> Option<(usize, SelfJump)> {
+    let jump = |pair: &[u8]| match pair {
+        [0xeb, 0xfe] => Some(SelfJump::Relative),
+        [0xff, 0xe1] => Some(SelfJump::Rcx),
+        [0xff, 0xe3] => Some(SelfJump::Rbx),
+        [0xff, 0xe5] => Some(SelfJump::Rbp),
+        _ => None,
+    };
+    code.windows(2).enumerate().find_map(|(offset, pair)| Some((offset, jump(pair)?)))
+}
+
+/// Makes a thread that returns from a system call with these registers land there.
+fn land(registers: Registers, landing: Landing) -> Registers {
+    let at = landing.at.0;
+    let registers = Registers { rip: at, ..registers };
+    match landing.jump {
+        SelfJump::Relative => registers,
+        SelfJump::Rcx => Registers { rcx: at, ..registers },
+        SelfJump::Rbx => Registers { rbx: at, ..registers },
+        SelfJump::Rbp => Registers { rbp: at, ..registers },
+    }
+}
+
+/// The registers at the entry of a system call that make the kernel execute `number(arguments)` instead, and the thread land where it
+/// can do no harm after that.
+pub fn call_registers(at_entry: &Registers, number: i64, arguments: [u64; 6], landing: Option<Landing>) -> Registers {
+    let registers = Registers {
         orig_rax: number as u64,
         rdi: arguments[0],
         rsi: arguments[1],
@@ -136,7 +180,8 @@ pub fn call_registers(at_entry: &Registers, number: i64, arguments: [u64; 6]) ->
         r8: arguments[4],
         r9: arguments[5],
         ..*at_entry
-    }
+    };
+    landing.map_or(registers, |landing| land(registers, landing))
 }
 
 /// The registers that start a thread in the runner at `code` with its slot at `slot`.
@@ -294,6 +339,13 @@ mod tests {
         let code = runner_code();
         assert!(code.len() > 100 && code.len() < 400, "{}", code.len());
         assert_eq!(code[code.len() - 2..], SYSCALL_INSTRUCTION);
+    }
+
+    #[test]
+    fn jumps_to_themselves_are_found_anywhere() {
+        assert_eq!(find_self_jump(&[0x90, 0x0f, 0xeb, 0xfe]), Some((2, SelfJump::Relative)));
+        assert_eq!(find_self_jump(&[0x41, 0xff, 0xe3, 0xff, 0xe1]), Some((1, SelfJump::Rbx)));
+        assert_eq!(find_self_jump(&[0xeb, 0xfd, 0xff, 0xe0, 0xff]), None);
     }
 
     #[test]
