@@ -48,8 +48,8 @@ impl<'place> Containerd<'place> {
         programs::succeed(self.command()?.args(words)).map_err(|error| format!("{error}{}", log()))
     }
 
-    /// Starts a container with the service, detached. `source` is an image, or `--rootfs` and a folder.
-    pub fn start(&self, name: &str, source: &[&str], options: &[&str]) -> Outcome {
+    /// Starts a container with a workload, detached. `source` is an image, or `--rootfs` and a folder.
+    pub fn start(&self, name: &str, workload: &str, source: &[&str]) -> Outcome {
         let path = |name: &str| self.place.path("containerd").join(name).to_string_lossy().into_owned();
         let mount = format!("type=bind,src={},dst={INSIDE},options=rbind:rw", self.service.folder.display());
         let cgroup = format!("/{}", self.place.name());
@@ -58,8 +58,8 @@ impl<'place> Containerd<'place> {
         // Input and output are /dev/null: fifos would have to be read for as long as the container lives.
         let fixed = ["run", "--detach", "--null-io", "--runc-binary", &runtime, "--runc-root", &state];
         let given = ["--fifo-dir", &fifos, "--cgroup", &cgroup, "--mount", &mount];
-        let words = Service::words("service");
-        self.run(&[&fixed[..], &given, options, source, &[name], &words].concat())?;
+        let words = Service::words(workload);
+        self.run(&[&fixed[..], &given, source, &[name], &words].concat())?;
         self.service.await_ready()?;
         self.service.ask("its start")
     }

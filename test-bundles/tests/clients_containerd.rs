@@ -2,7 +2,7 @@
 //! only `criu`.
 
 use ferry_test_bundles::containerd::Containerd;
-use ferry_test_bundles::{Outcome, Place, image, processes, programs};
+use ferry_test_bundles::{Outcome, Place, client, image, processes, programs};
 use std::path::PathBuf;
 
 /// `ctr tasks checkpoint` of a container that goes on, and of one that ends.
@@ -10,7 +10,7 @@ fn tasks(runtime: PathBuf) -> Outcome {
     let place = Place::new()?;
     let containerd = Containerd::new(&place, runtime)?;
     let rootfs = place.path("bundle/rootfs").to_string_lossy().into_owned();
-    containerd.start("running", &["--rootfs", &rootfs], &[])?;
+    containerd.start("running", "service", &["--rootfs", &rootfs])?;
     let (images, work) = (place.path("images"), place.path("logs"));
     let tree = processes::tree(containerd.task("running")?.1);
     let checkpoint = |options: &[&str]| {
@@ -37,7 +37,7 @@ fn tasks(runtime: PathBuf) -> Outcome {
 fn containers(runtime: PathBuf) -> Outcome {
     let place = Place::new()?;
     let containerd = Containerd::new(&place, runtime)?;
-    containerd.start("first", &[image::NAME], &[])?;
+    containerd.start("first", "service", &[image::NAME])?;
     let inside = |name: &str, script: &str| {
         containerd.run(&["tasks", "exec", "--exec-id", "shell", name, "/bin/sh", "-c", script])
     };
@@ -56,6 +56,44 @@ fn containers(runtime: PathBuf) -> Outcome {
         containerd.remove(name)?;
     }
     containerd.end()
+}
+
+/// A task that cannot be saved runs on, and people are told why: by `ctr` itself, or in the log that it names.
+fn refused(runtime: PathBuf, by_ctr: bool) -> Outcome {
+    let place = Place::new()?;
+    let containerd = Containerd::new(&place, runtime)?;
+    let (rootfs, work) = (place.path("bundle/rootfs"), place.path("logs"));
+    containerd.start("refused", "inotify", &["--rootfs", &rootfs.to_string_lossy()])?;
+    let tree = processes::tree(containerd.task("refused")?.1);
+    let mut command = containerd.command()?;
+    command.args(["tasks", "checkpoint", "--image-path"]).arg(place.path("images")).arg("--work-path").arg(&work);
+    let output = programs::run(command.arg("refused"))?;
+    let told = programs::said(&output);
+    let reason = match by_ctr {
+        true => told.clone(),
+        false if told.contains("dump.log") => client::errors(&work.join("dump.log")),
+        false => String::new(),
+    };
+    let words = ["pid 1 (workload): fd ", "inotify", "have the program close it"];
+    if output.status.success() || !words.iter().all(|word| reason.contains(word)) {
+        return Err(format!("{}: {told}, because of {reason:?}", output.status));
+    }
+    if processes::tree(containerd.task("refused")?.1) != tree {
+        return Err("the processes are others after a refused checkpoint".to_owned());
+    }
+    containerd.is_well("refused", "a refused checkpoint")?;
+    containerd.remove("refused")?;
+    containerd.end()
+}
+
+#[test]
+fn ferry_is_the_runtime_and_refuses() -> Outcome {
+    refused(programs::ferry()?, true)
+}
+
+#[test]
+fn runc_is_the_runtime_and_ferry_refuses() -> Outcome {
+    refused(programs::installed("runc")?, false)
 }
 
 #[test]

@@ -106,6 +106,32 @@ fn without_files_with_locks(runtime: PathBuf) -> Outcome {
     podman.end()
 }
 
+/// What no option helps with: Podman shows what the runtime says, which is the reason or the name of the log that has it; the container
+/// runs on.
+fn refused(runtime: PathBuf) -> Outcome {
+    let place = Place::new()?;
+    let by_runtime = runtime == programs::ferry()?;
+    let podman = Podman::new(&place, runtime)?;
+    podman.start("inotify", &[])?;
+    let tree = processes::tree(podman.inspect()?.1);
+    let output = programs::run(podman.command()?.args(["container", "checkpoint", NAME]))?;
+    let told = programs::said(&output);
+    let reason = match by_runtime {
+        true => told.clone(),
+        false if told.contains("dump.log") => podman.reasons(),
+        false => String::new(),
+    };
+    let words = ["pid 1 (workload): fd ", "inotify", "have the program close it"];
+    if output.status.success() || !words.iter().all(|word| reason.contains(word)) {
+        return Err(format!("{}: {told}, because of {reason:?}", output.status));
+    }
+    if processes::tree(podman.inspect()?.1) != tree {
+        return Err("the processes are others after a refused checkpoint".to_owned());
+    }
+    podman.is_well("a refused checkpoint")?;
+    podman.end()
+}
+
 /// A read-only root; the libraries of the program are in a tmpfs that begins with what the image has there.
 fn read_only(runtime: PathBuf) -> Outcome {
     let place = Place::new()?;
@@ -155,6 +181,16 @@ fn runc_is_the_runtime_after_a_pre_checkpoint() -> Outcome {
 #[test]
 fn ferry_is_the_runtime_without_files_with_locks() -> Outcome {
     without_files_with_locks(programs::ferry()?)
+}
+
+#[test]
+fn ferry_is_the_runtime_and_refuses() -> Outcome {
+    refused(programs::ferry()?)
+}
+
+#[test]
+fn runc_is_the_runtime_and_ferry_refuses() -> Outcome {
+    refused(programs::installed("runc")?)
 }
 
 #[test]

@@ -1,27 +1,31 @@
-//! runc checkpoints and restores its containers with ferry as the only `criu`.
+//! runc checkpoints and restores its containers with ferry as the only `criu`, and so does ferry in runc's place, by the same command line.
 
 use ferry_test_bundles::service::Service;
 use ferry_test_bundles::{Bundle, Container, Outcome, Place, processes, programs};
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Output;
 
-/// A runc container that runs the service, with folders for images and logs.
+/// A container of runc, or of ferry in its place, that runs the service, with folders for images and logs.
 struct OfRunc<'place> {
     container: Container<'place>,
     service: Service,
     images: PathBuf,
     logs: PathBuf,
+    /// Whether the runtime calls `criu`, which has a log.
+    has_engine: bool,
 }
 
 impl<'place> OfRunc<'place> {
-    fn run(place: &'place Place, change: impl FnOnce(&mut Bundle)) -> Outcome<Self> {
+    fn run(place: &'place Place, runtime: &Path, change: impl FnOnce(&mut Bundle)) -> Outcome<Self> {
         let service = Service::new(place)?;
         let mut bundle = service.bundle(place)?;
         change(&mut bundle);
-        let container = Container::run_with(place, &bundle, programs::installed("runc")?)?;
+        let container = Container::run_with(place, &bundle, runtime.to_owned())?;
         service.await_ready()?;
         let (images, logs) = (place.path("images"), place.folder("logs")?);
-        let of_runc = Self { container, service, images, logs };
+        let has_engine = runtime != programs::ferry()?;
+        let of_runc = Self { container, service, images, logs, has_engine };
         of_runc.is_well("its start")?;
         Ok(of_runc)
     }
@@ -73,10 +77,50 @@ impl<'place> OfRunc<'place> {
         std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))
     }
 
+    /// What a refused checkpoint tells people: the last error of the engine's log, which the runtime then names, or what the runtime
+    /// itself says.
+    fn reason(&self, output: &Output) -> Outcome<String> {
+        let said = programs::said(output);
+        if output.status.success() {
+            return Err(format!("nothing was refused: {said}"));
+        }
+        if !self.has_engine {
+            return Ok(said);
+        }
+        if !said.contains(&*self.logs.join("dump.log").to_string_lossy()) {
+            return Err(format!("the log is not named: {said}"));
+        }
+        let log = self.log("dump.log")?;
+        Ok(log.lines().rfind(|line| line.contains("Error")).unwrap_or_default().to_owned())
+    }
+
     fn end(self) -> Outcome {
         self.container.end()
     }
 }
+
+/// Tests for runc and for ferry in its place.
+macro_rules! with_both_runtimes {
+    ($($test:ident),*) => {
+        mod runc_is_the_runtime {
+            $(#[test] fn $test() -> super::Outcome { super::$test(&super::programs::installed("runc")?) })*
+        }
+        mod ferry_is_the_runtime {
+            $(#[test] fn $test() -> super::Outcome { super::$test(&super::programs::ferry()?) })*
+        }
+    };
+}
+
+with_both_runtimes!(
+    checkpoint_and_restore,
+    leave_running,
+    paused_before,
+    read_only_root,
+    hooks,
+    what_is_refused_is_told,
+    every_reason_is_told,
+    pre_dump
+);
 
 /// A root file system that the program may write to.
 fn writable(bundle: &mut Bundle) {
@@ -84,14 +128,14 @@ fn writable(bundle: &mut Bundle) {
 }
 
 /// `--image-path` and `--work-path`, twice in a row; logs and statistics are where they belong.
-#[test]
-fn checkpoint_and_restore() -> Outcome {
+fn checkpoint_and_restore(runtime: &Path) -> Outcome {
     let place = Place::new()?;
-    let of_runc = OfRunc::run(&place, writable)?;
+    let of_runc = OfRunc::run(&place, runtime, writable)?;
     for round in ["first", "second"] {
         of_runc.checkpoint(&[]).map_err(|error| format!("{round} checkpoint: {error}"))?;
         of_runc.restore(&[]).map_err(|error| format!("{round} restore: {error}"))?;
-        for name in ["dump.log", "restore.log", "stats-dump", "stats-restore"] {
+        let logs: &[&str] = if of_runc.has_engine { &["dump.log", "restore.log"] } else { &[] };
+        for name in ["stats-dump", "stats-restore"].iter().chain(logs) {
             let path = of_runc.logs.join(name);
             std::fs::remove_file(&path).map_err(|error| format!("{round}: {}: {error}", path.display()))?;
         }
@@ -101,10 +145,9 @@ fn checkpoint_and_restore() -> Outcome {
 }
 
 /// The container runs on, and its images are good: it is restored from them once it has been ended.
-#[test]
-fn leave_running() -> Outcome {
+fn leave_running(runtime: &Path) -> Outcome {
     let place = Place::new()?;
-    let of_runc = OfRunc::run(&place, writable)?;
+    let of_runc = OfRunc::run(&place, runtime, writable)?;
     of_runc.checkpoint_running(&[])?;
     of_runc.is_well("checkpoint --leave-running")?;
     let tree = processes::tree(of_runc.container.pid()?);
@@ -116,10 +159,9 @@ fn leave_running() -> Outcome {
 }
 
 /// A paused container stays paused while it is checkpointed, and runs when it is restored.
-#[test]
-fn paused_before() -> Outcome {
+fn paused_before(runtime: &Path) -> Outcome {
     let place = Place::new()?;
-    let of_runc = OfRunc::run(&place, writable)?;
+    let of_runc = OfRunc::run(&place, runtime, writable)?;
     of_runc.container.verb("pause", &[])?;
     of_runc.checkpoint_running(&[])?;
     of_runc.container.is("paused")?;
@@ -130,10 +172,9 @@ fn paused_before() -> Outcome {
 }
 
 /// A root file system that is read-only, with a tmpfs in it.
-#[test]
-fn read_only_root() -> Outcome {
+fn read_only_root(runtime: &Path) -> Outcome {
     let place = Place::new()?;
-    let of_runc = OfRunc::run(&place, |bundle| {
+    let of_runc = OfRunc::run(&place, runtime, |bundle| {
         let temporary = json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777"]});
         if let Some(mounts) = bundle.config["mounts"].as_array_mut() {
             mounts.push(temporary);
@@ -154,7 +195,7 @@ fn configuration_of_the_user() -> Outcome {
     let place = Place::new()?;
     let file = place.path("criu.conf");
     std::fs::write(&file, "log-file of-the-user.log\n").map_err(|error| format!("{}: {error}", file.display()))?;
-    let of_runc = OfRunc::run(&place, |bundle| {
+    let of_runc = OfRunc::run(&place, &programs::installed("runc")?, |bundle| {
         bundle.writable();
         bundle.config["annotations"] = json!({"org.criu.config": file});
     })?;
@@ -172,7 +213,7 @@ fn a_mount_is_left_out() -> Outcome {
     let place = Place::new()?;
     let file = place.path("criu.conf");
     std::fs::write(&file, "skip-mnt /left/out\n").map_err(|error| format!("{}: {error}", file.display()))?;
-    let of_runc = OfRunc::run(&place, |bundle| {
+    let of_runc = OfRunc::run(&place, &programs::installed("runc")?, |bundle| {
         bundle.writable();
         bundle.config["annotations"] = json!({"org.criu.config": file});
         for point in ["/left/out", "/kept"] {
@@ -190,14 +231,13 @@ fn a_mount_is_left_out() -> Outcome {
 }
 
 /// Hooks run where runc runs them: createRuntime with the restored process's pid, poststop when the checkpoint has ended it.
-#[test]
-fn hooks() -> Outcome {
+fn hooks(runtime: &Path) -> Outcome {
     let place = Place::new()?;
     let note = |name: &str| {
         let script = format!("cat >> {}", place.path(name).display());
         json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}])
     };
-    let of_runc = OfRunc::run(&place, |bundle| {
+    let of_runc = OfRunc::run(&place, runtime, |bundle| {
         bundle.writable();
         bundle.config["hooks"] = json!({"createRuntime": note("created"), "poststop": note("stopped")});
     })?;
@@ -215,34 +255,57 @@ fn hooks() -> Outcome {
     of_runc.end()
 }
 
-/// What cannot be saved leaves the container as it was, and the log's last error says which descriptor of which process it is.
-#[test]
-fn refusals_are_in_the_log() -> Outcome {
+/// What cannot be saved leaves the container as it was, and people are told which descriptor of which process it is and what to do.
+fn what_is_refused_is_told(runtime: &Path) -> Outcome {
     let place = Place::new()?;
-    let of_runc = OfRunc::run(&place, |bundle| {
+    let of_runc = OfRunc::run(&place, runtime, |bundle| {
         bundle.writable();
         bundle.config["process"]["args"] = json!(Service::words("file_lock"));
     })?;
     let folders = of_runc.folders();
     let output = of_runc.container.try_verb("checkpoint", &OfRunc::options(&folders, &[]))?;
-    let log = of_runc.log("dump.log")?;
-    let last = log.lines().rfind(|line| line.contains("Error")).unwrap_or_default();
-    if output.status.success()
-        || !["pid 1", "fd ", "/work/locked", "--file-locks"].iter().all(|word| last.contains(word))
-    {
-        return Err(format!("{}; the last error is {last:?}", output.status));
-    }
+    says(&of_runc.reason(&output)?, &["pid 1 (workload)", "fd ", "/work/locked", "--file-locks"])?;
     of_runc.is_well("a refused checkpoint")?;
     of_runc.checkpoint(&["--file-locks"])?;
     of_runc.restore(&["--file-locks"])?;
     of_runc.end()
 }
 
+/// The same for what no option helps with; several objects are told at once.
+fn every_reason_is_told(runtime: &Path) -> Outcome {
+    for (workload, words) in [
+        ("inotify", &["inotify", "have the program close it before the checkpoint"][..]),
+        ("tcp_connected", &["fd 4, socket:[", "fd 5, socket:[", "a TCP connection", "close the connection"]),
+    ] {
+        let place = Place::new()?;
+        let of_runc = OfRunc::run(&place, runtime, |bundle| {
+            bundle.writable();
+            bundle.config["process"]["args"] = json!(Service::words(workload));
+        })?;
+        let tree = processes::tree(of_runc.container.pid()?);
+        let folders = of_runc.folders();
+        let output = of_runc.container.try_verb("checkpoint", &OfRunc::options(&folders, &[]))?;
+        says(&of_runc.reason(&output)?, &[&["pid 1 (workload): fd "], words].concat())?;
+        if processes::tree(of_runc.container.pid()?) != tree {
+            return Err(format!("the processes of {workload} are others after a refused checkpoint"));
+        }
+        of_runc.is_well("a refused checkpoint")?;
+        of_runc.end()?;
+    }
+    Ok(())
+}
+
+fn says(sentence: &str, words: &[&str]) -> Outcome {
+    match words.iter().find(|word| !sentence.contains(**word)) {
+        None => Ok(()),
+        Some(word) => Err(format!("the reason does not say {word:?}: {sentence:?}")),
+    }
+}
+
 /// `--pre-dump` leaves the container running, and the checkpoint after it has pages only that changed since.
-#[test]
-fn pre_dump() -> Outcome {
+fn pre_dump(runtime: &Path) -> Outcome {
     let place = Place::new()?;
-    let of_runc = OfRunc::run(&place, writable)?;
+    let of_runc = OfRunc::run(&place, runtime, writable)?;
     let tree = processes::tree(of_runc.container.pid()?);
     let (earlier, logs) = (place.path("earlier").display().to_string(), of_runc.logs.display().to_string());
     of_runc.container.verb("checkpoint", &["--pre-dump", "--image-path", &earlier, "--work-path", &logs])?;
