@@ -37,6 +37,7 @@ use crate::progress::{Metered, Progress};
 use crate::sys::robust::RobustList;
 use crate::sys::{HostPid, PAGE_SIZE, ptrace};
 use crate::task::TaskError;
+use crate::track::Keepers;
 use stages::Listening;
 
 pub use collect::{ProcessState, TreeState};
@@ -309,6 +310,10 @@ pub fn dump_telling(
     // Before what is stopped, so that it is dropped after it.
     let mut listening = Listening::new(listener, root);
     listening.reached(DumpStage::PreDump)?;
+    let keepers = Arc::new(Keepers::default());
+    if options.parent.is_some() {
+        keepers.look();
+    }
     let (reader, surroundings, cgroups) = enter(DumpPhase::Preflight, &options, || {
         let outlook = preflight::look(root, &options)?;
         if !listening.names_external() {
@@ -316,7 +321,8 @@ pub fn dump_telling(
         }
         let runs_on = options.after == After::Run;
         let room = if runs_on { Staging::prepare(outlook.memory, options.staging) } else { Staging::default() };
-        let reader = PageReader::start(room, options.parent.clone()).map_err(DumpError::read(root, "memory"))?;
+        let reader = PageReader::start(room, options.parent.clone(), keepers.clone())
+            .map_err(DumpError::read(root, "memory"))?;
         Ok((reader, outlook.surroundings, CgroupSets::new(&options.cgroups)?))
     })?;
     let start = Instant::now();
@@ -330,12 +336,8 @@ pub fn dump_telling(
     }
     let options = &options;
     let mut state = enter(DumpPhase::Collect, options, || {
-        let mut list = RobustList::install(NODE).map_err(|errno| AgentError::Inject {
-            tid: root,
-            step: "have the kernel watch over the agents",
-            errno,
-        })?;
-        collect::collect_tree(&mut stopped, options, &mut list, reader, cgroups)
+        let mut list = install_list(root)?;
+        collect::collect_tree(&mut stopped, options, &mut list, reader, cgroups, &keepers)
     })?;
     enter(DumpPhase::Recheck, options, || refuse(std::mem::take(&mut state.refusals)))?;
     listening.stopped(sink)?;
@@ -390,6 +392,12 @@ fn enter<T>(
     let product = result.map_err(DumpError::or_given_up)?;
     options.edge(Edge::After, phase)?;
     Ok(product)
+}
+
+/// The list by which the kernel wakes agents when this process dies.
+fn install_list(root: HostPid) -> Result<RobustList, AgentError> {
+    let step = "have the kernel watch over the agents";
+    RobustList::install(NODE).map_err(|errno| AgentError::Inject { tid: root, step, errno })
 }
 
 fn refuse(refusals: Vec<Refusal>) -> Result<(), DumpError> {

@@ -24,4 +24,5 @@ pub mod restore;
 mod sockets;
 pub mod sys;
 pub mod task;
+pub mod track;
 pub mod tree;

@@ -11,6 +11,25 @@ pub fn namespace_inode(pid: HostPid, kind: &str) -> Option<u64> {
     fs::metadata(format!("/proc/{pid}/ns/{kind}")).map(|namespace| namespace.ino()).ok()
 }
 
+/// The processes that there are, in no order.
+pub fn processes() -> io::Result<Vec<HostPid>> {
+    let names = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    Ok(names.map(HostPid).collect())
+}
+
+/// The name of a process, at most 15 bytes.
+pub fn comm(pid: HostPid) -> io::Result<String> {
+    Ok(fs::read_to_string(format!("/proc/{pid}/comm"))?.trim_end_matches('\n').to_owned())
+}
+
+/// The effective user id of a process.
+pub fn effective_user(pid: HostPid) -> io::Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let effective = ids.and_then(|ids| ids.split_ascii_whitespace().nth(1)?.parse().ok());
+    effective.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 /// What `/proc/PID/stat` says (proc_pid_stat(5)).
 #[derive(Clone, Debug, Default)]
 pub struct Stat {

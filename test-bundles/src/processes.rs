@@ -58,6 +58,18 @@ pub fn reap() {
     while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
 }
 
+/// The name of a process; none of one that has gone.
+pub fn name(pid: i32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim_end().to_owned()
+}
+
+/// Kills a process, and waits for its end.
+pub fn kill(pid: i32) -> Outcome {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)
+        .map_err(|errno| format!("cannot kill {pid}: {errno}"))?;
+    await_end(&[pid])
+}
+
 /// Whether the pid is free: no process, not even one that waits to be reaped.
 pub fn is_gone(pid: i32) -> bool {
     reap();

@@ -99,6 +99,61 @@ fn pages(folder: &Path) -> u64 {
     pages.filter_map(|file| Some(file.metadata().ok()?.len())).sum()
 }
 
+/// Pages that nobody has written to are not even read, as long as the keeper lives; without it they are compared.
+#[test]
+fn the_kernel_tells_what_was_written_and_nothing_depends_on_it() -> Outcome {
+    let engine = Engine::ferry()?;
+    for keep in [true, false] {
+        let place = Place::new()?;
+        let mut workload = Workload::start(&place, "rewritten_pages")?;
+        workload.pre_dump(&engine)?;
+        let keepers: Vec<i32> =
+            processes::below().into_iter().filter(|pid| processes::name(*pid) == "ferry-keeper").collect();
+        let &[keeper] = keepers.as_slice() else { return Err(format!("{} keepers", keepers.len())) };
+        let files = fs::read_dir(format!("/proc/{keeper}/fd")).into_iter().flatten().count();
+        if files != 3 {
+            return Err(format!("the keeper holds {files} descriptors, not a userfaultfd, a process and its record"));
+        }
+        let own = fs::read_dir(format!("/proc/{}/fd", workload.pid)).into_iter().flatten().count();
+        if own != 3 {
+            return Err(format!("the workload has {own} descriptors"));
+        }
+        if !keep {
+            processes::kill(keeper)?;
+        }
+        workload.incremental_round_trip(&engine, &engine)?;
+        let log = fs::read_to_string(place.path("images-2/dump.log")).map_err(|error| error.to_string())?;
+        if log.contains("writes were tracked") != keep {
+            return Err(format!("keeper {keep}: {log}"));
+        }
+        workload.end()?;
+    }
+    Ok(())
+}
+
+/// A dump without parent images of a tree that a keeper watches over.
+#[test]
+fn a_tracked_tree_is_dumped_by_itself() -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut workload = Workload::start(&place, "rewritten_huge")?;
+    workload.pre_dump(&engine)?;
+    workload.dump_running(&engine)?;
+    workload.round_trip(&engine)?;
+    workload.end()
+}
+
+/// Images that the keeper does not know are compared, whatever else it vouches for.
+#[test]
+fn a_keeper_vouches_for_its_own_images_only() -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut workload = Workload::start(&place, "rewritten_pages")?;
+    workload.pre_dump(&engine)?;
+    // A second one that does not build on the first; the page is written in between.
+    engine.pre_dump(&place, workload.pid, &place.folder("other")?, &[])?;
+    workload.incremental_round_trip(&engine, &engine)?;
+    workload.end()
+}
+
 /// A program that another took the place of since the pre-dump.
 #[test]
 fn a_process_that_executed_another_program_is_saved_whole() -> Outcome {

@@ -35,6 +35,7 @@ use crate::task::seccomp::FilterTable;
 use crate::task::signals::Queues;
 use crate::task::thread::{Thread, dump_thread};
 use crate::task::{ProcessAnswers, ProcessOutside, ProcessQuestions, ThreadAnswers, ThreadOutside, ThreadQuestions};
+use crate::track::Keepers;
 use crate::tree::TaskRef;
 
 use super::relations::{outside_job, shared_with_parent};
@@ -107,12 +108,16 @@ pub fn collect_tree(
     list: &mut RobustList,
     reader: PageReader,
     mut cgroups: CgroupSets,
+    keepers: &Keepers,
 ) -> Result<TreeState, DumpError> {
     let root = tree.root().pid;
     // First of all, since the pages are read meanwhile.
     let mut mapped: Vec<Arc<[Mapping]>> = Vec::with_capacity(tree.processes.len());
     for process in tree.processes.iter().filter(|process| !process.is_zombie()) {
-        let of_process = mappings::collect(process.pid).map_err(DumpError::read(process.pid, "mappings"))?;
+        let mut of_process = mappings::collect(process.pid).map_err(DumpError::read(process.pid, "mappings"))?;
+        if of_process.iter().any(|mapping| mapping.writes_tracked) && !keepers.track(process.pid) {
+            mappings::refuse_tracked(&mut of_process);
+        }
         mapped.push(of_process.into());
         reader.read(process.pid, mapped[mapped.len() - 1].clone());
     }

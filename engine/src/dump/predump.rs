@@ -3,15 +3,17 @@
 //! The tree is stopped only to find its mappings and pages at one instant. They are read when it runs again, and may change
 //! while they are: such an image set is no checkpoint. It is the parent of one, whose dump leaves a page to it only where it has
 //! compared the content, or where the kernel vouches that nobody wrote to it since that instant
-//! ([`crate::memory::parent`]).
+//! ([`crate::memory::parent`], [`crate::track`]).
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use super::records::{manifest, save_pages, shared_pagemap_image, uptime};
-use super::{DumpError, DumpOptions, DumpPhase, Dumped, enter};
+use super::{DumpError, DumpOptions, DumpPhase, Dumped, enter, install_list};
+use crate::agent::inject::Overseer;
 use crate::fault::DumpStep;
 use crate::freeze::StoppedTree;
 use crate::images::inventory::InventoryEntry;
@@ -20,11 +22,12 @@ use crate::images::pagemap::PagemapEntry;
 use crate::images::{Content, Sink, encode};
 use crate::memory::mappings::{self, Mapping};
 use crate::memory::pages::PageRuns;
-use crate::memory::parent::{equal_pages, page_count, without};
+use crate::memory::parent::{equal_pages, page_count};
 use crate::memory::shmem::SharedObjects;
 use crate::preflight;
 use crate::procfs::Ids;
 use crate::sys::{HostPid, NsPid, PAGE_SIZE};
+use crate::track::{Keepers, Tracker};
 
 /// The option of the manifest of a pre-dump.
 pub const PRE_DUMP_OPTION: &str = "pre_dump";
@@ -36,6 +39,8 @@ struct Process {
     pid: HostPid,
     ns_pid: NsPid,
     pages: RunningPages,
+    /// Pages that were not written since the parent images, if that is known.
+    unwritten: Option<Vec<Range<u64>>>,
 }
 
 /// Saves the memory of the tree below `root` into `sink`. The tree runs on in any case.
@@ -51,10 +56,13 @@ pub fn pre_dump(root: HostPid, sink: &mut dyn Sink, options: &DumpOptions) -> Re
         }
         Ok(outlook.surroundings)
     })?;
+    let keepers = Keepers::default();
+    keepers.look();
     let start = Instant::now();
     let stopped = enter(DumpPhase::Freeze, options, || Ok(StoppedTree::stop(root, options, &surroundings)?))?;
     dumped.freezing = start.elapsed();
-    let (processes, mut shared) = enter(DumpPhase::Collect, options, || collect(&stopped))?;
+    let Collected { processes, mut shared, tracker } =
+        enter(DumpPhase::Collect, options, || collect(&stopped, options, keepers))?;
     enter(DumpPhase::Release, options, || {
         dumped.threads = stopped.processes.iter().map(|process| process.threads.len()).sum();
         drop(stopped);
@@ -77,19 +85,35 @@ pub fn pre_dump(root: HostPid, sink: &mut dyn Sink, options: &DumpOptions) -> Re
         sink.put("inventory.img", &encode(Kind::Inventory, &[inventory]))?;
         let mut manifest = manifest(options);
         manifest.options.insert(PRE_DUMP_OPTION.into(), true.into());
-        dumped.manifest = Some(sink.finish(manifest)?);
-        Ok(sink.seal(&dumped)?)
+        let manifest = sink.finish(manifest)?;
+        sink.seal(&dumped)?;
+        // Last, since what it vouches for must be there.
+        let kept = manifest.digest().map_err(io::Error::other).and_then(|digest| tracker.keep(&digest));
+        if let Err(error) = kept {
+            tracing::warn!(%error, "writes are not tracked: the dump will compare all of the memory");
+        }
+        dumped.manifest = Some(manifest);
+        Ok(())
     })?;
     tracing::info!(processes = dumped.processes, pages = dumped.pages, frozen = ?dumped.frozen, "pre-dumped");
     Ok(dumped)
 }
 
 /// What is where in the stopped tree.
-fn collect(stopped: &StoppedTree) -> Result<(Vec<Process>, SharedObjects), DumpError> {
+struct Collected {
+    processes: Vec<Process>,
+    shared: SharedObjects,
+    tracker: Tracker,
+}
+
+/// Looks at the stopped tree, and has its writes tracked from now on.
+fn collect(stopped: &StoppedTree, options: &DumpOptions, keepers: Keepers) -> Result<Collected, DumpError> {
     let mut processes = Vec::with_capacity(stopped.processes.len());
     let mut shared = SharedObjects::default();
-    for process in stopped.processes.iter().filter(|process| !process.is_zombie()) {
-        let pid = process.pid;
+    let mut mappings = Vec::with_capacity(stopped.processes.len());
+    let images = options.parent.as_ref().and_then(|parent| parent.digest());
+    let living = || stopped.processes.iter().filter(|process| !process.is_zombie());
+    for pid in living().map(|process| process.pid) {
         let read = |what| DumpError::read(pid, what);
         let mapped: Vec<Mapping> = mappings::collect_names(pid).map_err(read("mappings"))?;
         for mapping in &mapped {
@@ -99,10 +123,19 @@ fn collect(stopped: &StoppedTree) -> Result<(Vec<Process>, SharedObjects), DumpE
         let runs = PageRuns::find(pid, &mapped).map_err(read("page map"))?;
         // Opened now, so that it stays that of this program.
         let memory = File::open(format!("/proc/{pid}/mem")).map_err(read("memory"))?;
-        processes.push(Process { pid, ns_pid, pages: RunningPages { memory, runs } });
+        let unwritten = keepers.unwritten(pid, &mapped, images);
+        processes.push(Process { pid, ns_pid, pages: RunningPages { memory, runs }, unwritten });
+        mappings.push(mapped);
     }
     shared.collect_pages().map_err(DumpError::read(stopped.root().pid, "shared memory"))?;
-    Ok((processes, shared))
+    let mut list = install_list(stopped.root().pid)?;
+    let pass = |step| options.step(step);
+    let overseer = Overseer { journal: options.journal.as_ref(), pass: &pass };
+    let mut tracker = Tracker::take_over(keepers, &stopped.processes);
+    for (process, mapped) in living().zip(&mappings) {
+        tracker.add(process, mapped, &mut list, overseer)?;
+    }
+    Ok(Collected { processes, shared, tracker })
 }
 
 /// Writes pages, but for those that the parent has.
@@ -121,12 +154,16 @@ fn save(
         options.step(DumpStep::Pages)?;
         save_pages(sink, &pagemap, number, &entries, pages)
     };
-    for Process { pid, ns_pid, mut pages } in processes {
-        let mut in_parent = Vec::new();
-        if let Some(parent) = parent.and_then(|parent| parent.private(ns_pid)) {
-            in_parent = equal_pages(&pages, pages.runs.runs(), parent).map_err(DumpError::read(pid, "memory"))?;
-            pages.runs = PageRuns::of(without(pages.runs.runs(), &in_parent));
-        }
+    for Process { pid, ns_pid, mut pages, unwritten } in processes {
+        let in_parent = match (parent, unwritten) {
+            (None, _) => Vec::new(),
+            (Some(parent), Some(unwritten)) => parent.has_of(ns_pid, pages.runs.runs(), &unwritten),
+            (Some(parent), None) => parent
+                .private(ns_pid)
+                .map_or(Ok(Vec::new()), |images| equal_pages(&pages, pages.runs.runs(), images))
+                .map_err(DumpError::read(pid, "memory"))?,
+        };
+        pages.runs.leave_out(&in_parent);
         let entries = PagemapEntry::of_runs(pages.runs.runs(), &in_parent);
         put(Kind::Pagemap.name_for(ns_pid.0 as u64), entries, &pages)?;
         dumped.processes += 1;

@@ -121,6 +121,14 @@ impl Manifest {
         Ok(text.into_bytes())
     }
 
+    /// The SHA-256 of the file's content, which tells the set from any other.
+    ///
+    /// # Errors
+    /// As [`Self::to_bytes`].
+    pub fn digest(&self) -> Result<String, ManifestError> {
+        self.to_bytes().map(|bytes| sha256(&bytes))
+    }
+
     /// Reads the file's content. The version is looked at first, so that a newer file is called newer and not damaged.
     ///
     /// # Errors

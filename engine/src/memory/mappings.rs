@@ -55,11 +55,16 @@ pub struct Mapping {
     advice: u64,
     /// Whether mprotect(2) may make it writable: for a shared view, whether its file was opened for writing.
     may_write: bool,
+    /// Whether a userfaultfd has its writes noticed, which is ferry's own doing if a keeper knows of it ([`crate::track`]).
+    pub writes_tracked: bool,
     /// Whether guard regions were installed in it (`MADV_GUARD_INSTALL`, Linux 6.13).
     pub has_guards: bool,
 }
 
 const MAP_HUGE_SHIFT: u32 = 26;
+
+/// Why memory of a userfaultfd is refused.
+const WATCHED: &str = "it is watched by a userfaultfd, which cannot be saved";
 
 impl Mapping {
     /// Whether it holds code.
@@ -142,6 +147,7 @@ impl Mapping {
             flags: 0,
             advice: 0,
             may_write: false,
+            writes_tracked: false,
             has_guards: false,
         })
     }
@@ -168,7 +174,8 @@ impl Mapping {
                 "wf" => self.advice |= 1 << libc::MADV_WIPEONFORK,
                 "mw" => self.may_write = true,
                 "gu" => self.has_guards = true,
-                "um" | "uw" | "ui" => refuse("it is watched by a userfaultfd, which cannot be saved"),
+                "um" | "ui" => refuse(WATCHED),
+                "uw" => self.writes_tracked = true,
                 "ss" => refuse("it is a shadow stack, which cannot be saved yet"),
                 "io" | "pf" if !of_kernel => {
                     refuse("it shows a device's memory, which cannot be saved");
@@ -241,6 +248,13 @@ pub fn collect_names(pid: HostPid) -> io::Result<Vec<Mapping>> {
     let text = std::fs::read(format!("/proc/{pid}/maps"))?;
     parse(&String::from_utf8_lossy(&text))
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/maps is not as proc(5) says")))
+}
+
+/// Marks the mappings whose writes somebody other than ferry tracks.
+pub fn refuse_tracked(mappings: &mut [Mapping]) {
+    for mapping in mappings.iter_mut().filter(|mapping| mapping.writes_tracked) {
+        mapping.kind = Kind::Unsupported(WATCHED);
+    }
 }
 
 /// Why `mapping` keeps its process from being saved, if it does.

@@ -1,7 +1,7 @@
 //! The memory of earlier images, as an incremental dump uses it: pages that are the same need not be saved again.
 //!
 //! A page may be left to the parent for one of two reasons: its content was compared, or the kernel vouches that nobody has written
-//! to it since the parent was made. The first is always right, whatever process the images were of, and whether or not
+//! to it since the parent was made ([`crate::track`]). The first is always right, whatever process the images were of, and whether or not
 //! it ran while they were made.
 
 use std::collections::HashMap;
@@ -59,6 +59,13 @@ impl ParentMemory {
     /// What tells the images from any other; see [`ImageSet::digest`].
     pub fn digest(&self) -> Option<&str> {
         self.digest.as_deref()
+    }
+
+    /// Those of `runs`, all of one process, that `unwritten` pages of it need not be saved of, since the images have them.
+    pub fn has_of(&self, pid: NsPid, runs: &[Range<u64>], unwritten: &[Range<u64>]) -> Vec<Range<u64>> {
+        let Some(images) = self.private(pid) else { return Vec::new() };
+        let theirs: Vec<Range<u64>> = images.set.runs.iter().map(|run| run.range.clone()).collect();
+        common(&common(runs, unwritten), &theirs)
     }
 
     /// The private pages of the process that had this pid.
@@ -148,6 +155,11 @@ pub fn page_count(ranges: &[Range<u64>]) -> u64 {
     ranges.iter().map(|range| (range.end - range.start) / PAGE_SIZE).sum()
 }
 
+/// What both have in common; both ascending.
+pub fn common(one: &[Range<u64>], other: &[Range<u64>]) -> Vec<Range<u64>> {
+    without(one, &without(one, other))
+}
+
 /// `runs` without `holes`; both ascending.
 pub fn without(runs: &[Range<u64>], holes: &[Range<u64>]) -> Vec<Range<u64>> {
     runs.iter().flat_map(|run| subtract(run.clone(), holes)).collect()
@@ -187,6 +199,10 @@ mod tests {
         let equal = equal_pages(&content, &runs, parent.private(NsPid(7)).unwrap()).unwrap();
         assert_eq!(equal, [2 * PAGE..3 * PAGE, 4 * PAGE..5 * PAGE, 9 * PAGE..10 * PAGE]);
         let left = without(&runs, &equal);
+        assert_eq!(
+            common(&runs, &[0..PAGE, 3 * PAGE..9 * PAGE]),
+            [3 * PAGE..4 * PAGE, 4 * PAGE..5 * PAGE, 8 * PAGE..9 * PAGE]
+        );
         assert_eq!(left, [PAGE..2 * PAGE, 3 * PAGE..4 * PAGE, 8 * PAGE..9 * PAGE, 10 * PAGE..11 * PAGE]);
     }
 }

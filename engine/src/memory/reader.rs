@@ -10,13 +10,13 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use crate::images::pagemap::PagemapEntry;
-use crate::memory::images::PageImages;
 use crate::memory::mappings::{Kind, Mapping};
 use crate::memory::pages::{PageRuns, ProcessPages};
 use crate::memory::parent::{ParentMemory, equal_pages, page_count, without};
 use crate::memory::staging::{Staged, Staging};
 use crate::procfs::Ids;
 use crate::sys::HostPid;
+use crate::track::Keepers;
 
 /// The pages of one process.
 #[derive(Default)]
@@ -65,15 +65,15 @@ pub struct PageReader {
 }
 
 impl PageReader {
-    /// Starts the thread, which copies into `staging` what `parent` does not have.
+    /// Starts the thread, which copies into `staging` what `parent` does not have. What `keepers` vouch for is not looked at.
     ///
     /// # Errors
     /// Those of making a thread.
-    pub fn start(staging: Staging, parent: Option<Arc<ParentMemory>>) -> io::Result<Self> {
+    pub fn start(staging: Staging, parent: Option<Arc<ParentMemory>>, keepers: Arc<Keepers>) -> io::Result<Self> {
         let (jobs, queue) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("pages".into())
-            .spawn(move || read_all(queue, staging, parent.as_deref()))?;
+            .spawn(move || read_all(queue, staging, parent.as_deref(), &keepers))?;
         Ok(Self { jobs, thread })
     }
 
@@ -97,19 +97,17 @@ fn read_all(
     queue: mpsc::Receiver<Job>,
     mut staging: Staging,
     parent: Option<&ParentMemory>,
+    keepers: &Keepers,
 ) -> Result<(Vec<Found>, Staging), ReadPagesError> {
     let mut all = Vec::new();
     for Job { pid, mappings } in queue {
         let failed = |what| move |source| ReadPagesError { pid, what, source };
         let mut runs = PageRuns::collect(pid, &mappings).map_err(failed("page map"))?;
-        runs.find_shared(pid).map_err(failed("page map"))?;
         let in_parent = match parent {
-            Some(parent) => {
-                let process = Ids::read(pid).map_err(failed("ids"))?.innermost();
-                leave_to_parent(pid, &mut runs, &mappings, parent.private(process)).map_err(failed("memory"))?
-            }
+            Some(parent) => leave_to_parent(pid, &mut runs, &mappings, parent, keepers).map_err(failed("memory"))?,
             None => Vec::new(),
         };
+        runs.find_shared(pid).map_err(failed("page map"))?;
         let copy = if staging.has_room() {
             let pages = ProcessPages::open(pid, &runs).map_err(failed("memory"))?;
             staging.take(&pages).map_err(failed("memory"))?
@@ -121,19 +119,31 @@ fn read_all(
     Ok((all, staging))
 }
 
-/// Takes out of `runs` what `parent` has; returns it.
+/// Takes out of `runs` what need not be saved, since `parent` has it; returns it. Where writes are tracked, pages that were written or
+/// whose mapping is new are saved without a look at their content.
 fn leave_to_parent(
     pid: HostPid,
     runs: &mut PageRuns,
     mappings: &[Mapping],
-    parent: Option<&PageImages>,
+    parent: &ParentMemory,
+    keepers: &Keepers,
 ) -> io::Result<Vec<Range<u64>>> {
-    let Some(parent) = parent else { return Ok(Vec::new()) };
-    let equal = equal_pages(&ProcessPages::open(pid, runs)?, runs.runs(), parent)?;
+    let process = Ids::read(pid)?.innermost();
+    let left = match (keepers.unwritten(pid, mappings, parent.digest()), parent.private(process)) {
+        (_, None) => return Ok(Vec::new()),
+        (Some(unwritten), Some(_)) => {
+            let left = parent.has_of(process, runs.runs(), &unwritten);
+            tracing::debug!(%pid, pages = page_count(&left), "writes were tracked: pages are left to the parent unread");
+            left
+        }
+        (None, Some(images)) => {
+            runs.find_shared(pid)?;
+            equal_pages(&ProcessPages::open(pid, runs)?, runs.runs(), images)?
+        }
+    };
     // Whoever restores looks into the vdso before anything else.
-    let vdso: Vec<_> =
-        mappings.iter().filter(|mapping| mapping.kind == Kind::Vdso).map(|vdso| vdso.range.clone()).collect();
-    let equal = without(&equal, &vdso);
-    runs.leave_out(&equal);
-    Ok(equal)
+    let vdso = mappings.iter().filter(|mapping| mapping.kind == Kind::Vdso).map(|vdso| vdso.range.clone());
+    let left = without(&left, &vdso.collect::<Vec<_>>());
+    runs.leave_out(&left);
+    Ok(left)
 }

@@ -8,6 +8,7 @@ pub mod clone;
 pub mod cpuid;
 pub mod descriptor;
 pub mod kcmp;
+pub mod keep;
 pub mod nsfs;
 pub mod owner;
 pub mod pagemap;

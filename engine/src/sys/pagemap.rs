@@ -8,6 +8,8 @@ use std::os::unix::fs::FileExt;
 
 use super::{HostPid, PAGE_SIZE, check};
 
+/// The page lies in a mapping whose writes are tracked: registered for asynchronous write-protection (Linux 6.7).
+pub const WRITES_TRACKED: u64 = 1;
 /// The page is written since the last write-protecting scan.
 pub const WRITTEN: u64 = 1 << 1;
 /// The page belongs to a file or to shared memory.
@@ -28,6 +30,8 @@ pub const WORD_PRESENT: u64 = 1 << 63;
 
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 const REGIONS_AT_ONCE: usize = 1024;
+/// `PM_SCAN_WP_MATCHING`: pages that are found are write-protected.
+const PROTECT: u64 = 1;
 
 /// A range of pages of the same categories.
 #[repr(C)]
@@ -85,6 +89,22 @@ impl Pagemap {
         let mut bytes = vec![0; ((range.end - range.start) / PAGE_SIZE) as usize * 8];
         self.0.read_exact_at(&mut bytes, range.start / PAGE_SIZE * 8)?;
         Ok(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word)).collect())
+    }
+
+    /// Has the kernel notice from now on which pages of `range` are written, as far as they are in memory or swapped out and lie in
+    /// mappings whose writes are tracked.
+    pub fn watch_writes(&self, range: Range<u64>) -> nix::Result<()> {
+        let mut argument = ScanArgument {
+            size: size_of::<ScanArgument>() as u64,
+            flags: PROTECT,
+            start: range.start,
+            end: range.end,
+            category_mask: WRITES_TRACKED,
+            category_anyof_mask: PRESENT | SWAPPED,
+            ..ScanArgument::default()
+        };
+        // SAFETY: the argument has the size it says, and asks for no answer beyond it.
+        check(i64::from(unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) })).map(drop)
     }
 
     /// Appends to `regions` the wanted pages of `range`, in address order.
