@@ -245,7 +245,7 @@ pub fn restore(images: &ImageSet, mut options: RestoreOptions<'_>) -> Result<Res
     let mut clock = Clock { phases: Vec::new() };
     announce(&mut options, RestorePhase::Open)?;
     let mut checkpoint = clock.phase(RestorePhase::Open, || Checkpoint::read(images))?;
-    checkpoint.tell(&options.memory);
+    checkpoint.tell(&options.memory, &options.cancel);
     options.pass(Point::Restore(Edge::After, RestorePhase::Open))?;
     announce(&mut options, RestorePhase::Plan)?;
     let decisions = clock.phase(RestorePhase::Plan, || Decisions::make(images, &checkpoint, &mut options))?;

@@ -239,6 +239,38 @@ fn asked_to_end() -> Outcome {
     place.nothing_left()
 }
 
+/// The same while a gibibyte of memory is filled: not all of it is filled first.
+fn asked_to_end_among_pages() -> Outcome {
+    let place = Place::new()?;
+    let saved = Saved::new(&place, Face::Host, "vast")?;
+    let root = saved.pids[0];
+    // In pages of 4 KiB.
+    let resident = || {
+        let statm = std::fs::read_to_string(format!("/proc/{root}/statm")).unwrap_or_default();
+        statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0)
+    };
+    let mut ferry = saved.command(&[])?.spawn().map_err(|error| error.to_string())?;
+    processes::wait_for("some of its memory", || resident() > 16 << 10)?;
+    kill_process(Pid::from_child(&ferry), Signal::TERM).map_err(|error| error.to_string())?;
+    let mut most = 0;
+    let status = loop {
+        most = most.max(resident());
+        if let Some(status) = ferry.try_wait().map_err(|error| error.to_string())? {
+            break status;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    };
+    if status.code() != Some(1) || !saved.said().contains("given up: it was ended by SIGTERM") {
+        return Err(format!("{status}: {}", saved.said()));
+    }
+    if most > 200 << 10 {
+        return Err(format!("{} MiB were filled, of 1024", most >> 8));
+    }
+    saved.nothing_left()?;
+    saved.succeeds()?;
+    place.nothing_left()
+}
+
 /// Restores that are killed at random instants, drawn uniformly from the time that one takes.
 ///
 /// `FERRY_TORTURE_RESTORES` of them (24 when unset), with `FERRY_TORTURE_SEED`.
@@ -399,6 +431,7 @@ fn main() {
         trial("matrix::host_ask", || matrix(Face::Host, "ask")),
         trial("matrix::container_ask", || matrix(Face::Container, "ask")),
         trial("asked_to_end", asked_to_end),
+        trial("asked_to_end_among_pages", asked_to_end_among_pages),
         trial("torture::host", || torture(Face::Host)),
         trial("torture::container", || torture(Face::Container)),
         trial("missing::host", || missing(Face::Host)),

@@ -12,6 +12,7 @@ use nix::errno::Errno;
 
 use super::inherit::PageWrite;
 use super::parallel::in_parallel;
+use crate::cancel::{Cancel, Cancelled};
 use crate::images::digest::{CHUNK, chunk_length};
 use crate::images::{RawImage, SourceError};
 use crate::progress::Progress;
@@ -40,6 +41,9 @@ pub enum FillError {
     /// The page image is damaged.
     #[error(transparent)]
     Image(#[from] SourceError),
+    /// The restore was given up.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
 }
 
 /// Pages images in memory, one behind the other, whose chunks are verified before they are first used. Offsets are in all of them
@@ -49,6 +53,8 @@ pub struct Pages {
     view: FileView,
     /// Told of what is taken from them.
     pub(crate) progress: Progress,
+    /// Asked whether to take more of them.
+    pub(crate) cancel: Cancel,
 }
 
 /// One of the images.
@@ -80,7 +86,7 @@ impl Pages {
             Placed { start: *start, image, verified }
         };
         let images = images.into_iter().zip(&starts).map(placed).collect();
-        Ok((Self { images, view, progress: Progress::default() }, starts))
+        Ok((Self { images, view, progress: Progress::default(), cancel: Cancel::default() }, starts))
     }
 
     /// All bytes, verified or not.
@@ -108,7 +114,8 @@ impl Pages {
         &self.bytes()[range]
     }
 
-    fn part(&self, offset: u64, length: u64) -> Result<&[u8], SourceError> {
+    fn part(&self, offset: u64, length: u64) -> Result<&[u8], FillError> {
+        self.cancel.check()?;
         self.verify(offset, length)?;
         self.progress.add(length);
         Ok(&self.bytes()[offset as usize..(offset + length) as usize])

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use super::error::RestoreError;
+use crate::cancel::Cancel;
 use crate::dump::PRE_DUMP_OPTION;
 use crate::images::core::{CoreEntry, March, TaskCoreEntry, task_state};
 use crate::images::core_x86::UserX86RegsMode;
@@ -169,11 +170,13 @@ impl Checkpoint {
         private.chain(self.shared.values()).map(|pages| pages.set.bytes()).sum()
     }
 
-    /// Has `progress` told of the memory that is taken from the images.
-    pub fn tell(&mut self, progress: &Progress) {
+    /// Has `progress` told of the memory that is taken from the images, and no more be taken when `cancel` is asked.
+    pub fn tell(&mut self, progress: &Progress, cancel: &Cancel) {
         progress.expect(self.bytes());
         let private = self.tasks.iter_mut().filter_map(|task| task.memory.as_mut()).map(|memory| &mut memory.pages);
-        private.chain(self.shared.values_mut()).for_each(|images| images.pages.progress = progress.clone());
+        for images in private.chain(self.shared.values_mut()) {
+            (images.pages.progress, images.pages.cancel) = (progress.clone(), cancel.clone());
+        }
     }
 
     /// Number of threads of all living tasks, leaders included.

@@ -84,6 +84,14 @@ impl From<PageImagesError> for RestoreError {
 }
 
 impl RestoreError {
+    /// Memory of a task that could not be filled, unless nobody wants it any more.
+    pub(super) fn fill(pid: NsPid, comm: &str, source: FillError) -> Self {
+        match source {
+            FillError::Cancelled(cancelled) => Self::Interrupted(cancelled.into()),
+            source => Self::Fill { pid, comm: comm.to_owned(), source },
+        }
+    }
+
     /// Whether what failed is that another task has a pid of the tree.
     pub fn is_pid_taken(&self) -> bool {
         match self {

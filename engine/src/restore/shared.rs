@@ -121,11 +121,8 @@ impl Restore<'_> {
                 length: run.range.end - run.range.start,
             };
             let writes: Vec<PageWrite> = images.set.runs.iter().map(to_write).collect();
-            fill::write(root.host, &images.pages, &writes).map_err(|source| RestoreError::Fill {
-                pid: root.pid,
-                comm: root.comm.clone(),
-                source,
-            })?;
+            fill::write(root.host, &images.pages, &writes)
+                .map_err(|source| RestoreError::fill(root.pid, &root.comm, source))?;
         }
         Ok(())
     }

@@ -170,7 +170,7 @@ impl Restore<'_> {
 
     fn fill(&self, job: &mut Job) -> Result<(), RestoreError> {
         let (task, pages) = (self.live.task(job.place), &self.memory(job.place).pages.pages);
-        let failed = |source| RestoreError::Fill { pid: task.pid, comm: task.comm.clone(), source };
+        let failed = |source| RestoreError::fill(task.pid, &task.comm, source);
         fill::write(task.host, pages, &job.changes.writes).map_err(failed)?;
         match job.uffd.map(|fd| take_uffd(task, fd, &job.big)) {
             Some(Ok(uffd)) => fill::place(task.host, uffd.as_fd(), pages, &job.placed).map_err(failed),
