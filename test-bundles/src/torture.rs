@@ -58,6 +58,13 @@ impl Plan {
     }
 }
 
+/// How many of the last dumps that were not killed tell how long one takes, …
+const MEASURED: usize = 9;
+/// … and after how many that were killed there is one more of them: the machine may become busier.
+const EVERY: u32 = 20;
+/// Instants are drawn up to this many times their median.
+const BEYOND: f64 = 1.2;
+
 /// What came of it.
 #[derive(Clone, Copy, Debug, Default)]
 struct Tally {
@@ -68,6 +75,8 @@ struct Tally {
     /// Of these, the victims that were restored from their images.
     restored: u32,
     harmed: u32,
+    /// How many phases of a dump were done when it was killed, and of how many dumps. One more than there are phases.
+    phases: [u32; 9],
 }
 
 /// Fails unless no victim was harmed. Prints number, seed and what came of it.
@@ -77,12 +86,19 @@ pub fn torture(plan: &Plan) -> Outcome {
         say(&format!("no real-time priority, so that dumps may wait for a processor for long: {error}"));
     }
     let mut victim = Victim::start(&place, "survivor")?;
-    let length = length_of_a_dump(&place, &engine, &mut victim)?;
+    let mut lengths = Vec::new();
+    for _ in 0..MEASURED {
+        lengths.push(length_of_a_dump(&place, &engine, &mut victim)?);
+    }
     let mut random = plan.seed | 1;
     let (mut tally, mut first) = (Tally::default(), None);
-    say(&format!("{} dumps of some {length:?}, seed {}", plan.dumps, plan.seed));
+    say(&format!("{} dumps of some {:?}, seed {}", plan.dumps, median(&lengths), plan.seed));
     for number in 0..plan.dumps {
-        let after = length.mul_f64(fraction(&mut random) * 1.05);
+        if number % EVERY == EVERY - 1 {
+            lengths.remove(0);
+            lengths.push(length_of_a_dump(&place, &engine, &mut victim)?);
+        }
+        let after = median(&lengths).mul_f64(fraction(&mut random) * BEYOND);
         if let Err(error) = one(&place, &engine, &mut victim, plan.whom, number, after, &mut tally) {
             tally.harmed += 1;
             let error = format!("dump {number}, killed after {after:?}: {error}");
@@ -92,7 +108,8 @@ pub fn torture(plan: &Plan) -> Outcome {
             victim = Victim::start(&place, "survivor")?;
         }
     }
-    let Tally { killed, complete, restored, harmed } = tally;
+    let Tally { killed, complete, restored, harmed, phases } = tally;
+    say(&format!("by the number of phases that were done when they were killed: {phases:?}"));
     say(&format!(
         "{} dumps, seed {}: {killed} killed on their way, {complete} complete before, {restored} restored, {harmed} victims harmed",
         plan.dumps, plan.seed
@@ -115,22 +132,30 @@ fn come_first(flags: i32) -> std::io::Result<()> {
     }
 }
 
-/// The median of a few: with the longest, most dumps would be complete before they are killed.
+fn median(lengths: &[Duration]) -> Duration {
+    let mut sorted = lengths.to_vec();
+    sorted.sort_unstable();
+    sorted[sorted.len() / 2]
+}
+
+/// Of one that is not killed.
 fn length_of_a_dump(place: &Place, engine: &Engine, victim: &mut Victim<'_>) -> Outcome<Duration> {
-    let mut lengths = Vec::new();
-    for _ in 0..9 {
-        let images = victim.images()?;
-        let start = Instant::now();
-        let mut ferry = start_dump(place, engine, victim.workload.pid, &images, true)?;
-        let status = ferry.wait().map_err(|error| error.to_string())?;
-        lengths.push(start.elapsed());
-        if !status.success() {
-            return Err(format!("a dump that is not killed fails: {status}"));
-        }
-        let _ = std::fs::remove_dir_all(images);
+    let images = victim.images()?;
+    let start = Instant::now();
+    let mut ferry = start_dump(place, engine, victim.workload.pid, &images, true)?;
+    let status = ferry.wait().map_err(|error| error.to_string())?;
+    let length = start.elapsed();
+    if !status.success() {
+        return Err(format!("a dump that is not killed fails: {status}"));
     }
-    lengths.sort_unstable();
-    Ok(lengths[lengths.len() / 2])
+    let _ = std::fs::remove_dir_all(images);
+    Ok(length)
+}
+
+/// How many phases the last dump's log says are done.
+fn phases_done(place: &Place) -> usize {
+    let log = std::fs::read_to_string(place.path("dump.log")).unwrap_or_default();
+    log.lines().filter(|line| line.contains("phase done")).count()
 }
 
 fn one(
@@ -144,6 +169,8 @@ fn one(
 ) -> Outcome {
     let leave_running = number.is_multiple_of(2);
     let (images, tree) = (victim.images()?, processes::tree(victim.workload.pid));
+    // Of the dump before.
+    let _ = std::fs::remove_file(place.path("dump.log"));
     let start = Instant::now();
     let mut ferry = start_dump(place, engine, victim.workload.pid, &images, leave_running)?;
     while start.elapsed() < after {
@@ -160,6 +187,7 @@ fn one(
         // It may have ended by itself.
         let _ = kill_process(target, Signal::KILL);
     }
+    let phases = phases_done(place);
     ferry.wait().map_err(|error| error.to_string())?;
     victim.others_gone(&tree)?;
     let complete = images.join("ferry.json").exists();
@@ -178,6 +206,7 @@ fn one(
         victim.unharmed()?;
     }
     *(if complete { &mut tally.complete } else { &mut tally.killed }) += 1;
+    tally.phases[phases.min(tally.phases.len() - 1)] += 1;
     std::fs::remove_dir_all(&images).map_err(|error| error.to_string())
 }
 

@@ -73,6 +73,10 @@ impl<'place> Workload<'place> {
     /// Starts it, in a session of its own and with /dev/null for input and output.
     pub fn start(place: &'place Place, name: &str) -> Outcome<Self> {
         let dir = place.folder("work")?;
+        // Of one that was there before.
+        for name in ["ready", "verdict", "check"] {
+            let _ = std::fs::remove_file(dir.join(name));
+        }
         if name.starts_with("terminal") {
             place.own_terminals()?;
         }

@@ -10,6 +10,7 @@ use crate::seccomp::kill_on;
 use crate::sys::{Fault, Verdict, ensure, pattern, raw, same, status_field, sys, text, wait_for, zeroed};
 use std::arch::asm;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// Workloads of the tests of faults alone: the general ones would take too long with them.
@@ -63,14 +64,19 @@ fn registers_hold(seed: u64) -> bool {
     sum == 0
 }
 
+/// Starts a thread, and returns when it runs: until then it has a signal mask and mappings of libc's.
 fn thread(body: impl FnMut() + Send + 'static) -> Verdict {
     let mut body = body;
+    let (runs, running) = mpsc::channel();
     let forever = move || {
+        let _ = runs.send(());
+        drop(runs);
         loop {
             body();
         }
     };
-    std::thread::Builder::new().stack_size(64 << 10).spawn(forever).map(drop).map_err(|error| error.to_string())
+    std::thread::Builder::new().stack_size(64 << 10).spawn(forever).map_err(|error| error.to_string())?;
+    running.recv().map_err(|error| error.to_string())
 }
 
 extern "C" fn tick_interval(_: i32) {
