@@ -245,15 +245,13 @@ fn check(global: &Global, args: &CheckpointArgs) -> Outcome {
     Ok(if found.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Flags given whose part of the engine comes later.
+/// Flags given whose part of the engine comes later. Those that only permit something are not among them: managers give them to
+/// every container, and what needs them is refused where it is found.
 fn later_flags(args: &CheckpointArgs) -> Vec<&'static str> {
     let given = [
         ("--lazy-pages", args.lazy_pages),
         ("--status-fd", args.status_fd >= 0),
         ("--page-server", args.page_server.is_some()),
-        ("--auto-dedup", args.auto_dedup),
-        ("--tcp-established", args.tcp_established),
-        ("--tcp-skip-in-flight", args.tcp_skip_in_flight),
     ];
     given.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
 }

@@ -46,6 +46,8 @@ mod restore;
 mod signals;
 #[cfg(feature = "oci")]
 mod state;
+#[cfg(feature = "oci")]
+mod user_config;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;

@@ -24,6 +24,7 @@ use crate::cgroups::ContainerCgroup;
 use crate::checkpoint::{ARCHIVE_NAME, CgroupsMode, EmptyNamespace, SummaryFormat, refuse};
 use crate::cli::Global;
 use crate::console::{Console, send_pidfd};
+use crate::criu::lsm;
 use crate::failure::{Failure, Outcome};
 use crate::foreground;
 use crate::launch::Bundle;
@@ -158,6 +159,7 @@ pub struct Plan<'a> {
 /// Restores the container.
 pub fn run(global: &Global, args: &RestoreArgs) -> Outcome {
     refuse("restore", &later_flags(args))?;
+    lsm::check(args.lsm_profile.as_deref())?;
     let bundle = Bundle::open(args.bundle.as_deref().unwrap_or(".".as_ref()))?;
     let source = source(args, &bundle.directory)?;
     let console = Console::open(bundle.wants_terminal(), args.detach, args.console_socket.as_deref())?;
@@ -227,14 +229,7 @@ fn make(global: &Global, plan: &Plan, spec: &Spec) -> Result<Container, Failure>
 
 /// Flags given whose part of the engine comes later.
 fn later_flags(args: &RestoreArgs) -> Vec<&'static str> {
-    let given = [
-        ("--lazy-pages", args.lazy_pages),
-        ("--auto-dedup", args.auto_dedup),
-        ("--tcp-established", args.tcp_established),
-        ("--tcp-close", args.tcp_close),
-        ("--lsm-profile", args.lsm_profile.is_some()),
-        ("--lsm-mount-context", args.lsm_mount_context.is_some()),
-    ];
+    let given = [("--lazy-pages", args.lazy_pages)];
     given.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
 }
 

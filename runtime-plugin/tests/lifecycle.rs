@@ -293,8 +293,8 @@ fn bad_input_gets_one_sentence() {
         (&["restore", "x"], "there is no checkpoint at"),
         (&["checkpoint", "x"], "container x does not exist"),
         (
-            &["checkpoint", "--lazy-pages", "--auto-dedup", "x"],
-            "--lazy-pages, --auto-dedup of checkpoint are not supported yet",
+            &["checkpoint", "--lazy-pages", "--page-server", "host:1", "x"],
+            "--lazy-pages, --page-server of checkpoint are not supported yet",
         ),
     ] {
         let told = fixture.fails(args, 1);

@@ -117,6 +117,7 @@ with_both_runtimes!(
     paused_before,
     read_only_root,
     hooks,
+    options_of_the_user,
     what_is_refused_is_told,
     every_reason_is_told,
     pre_dump
@@ -207,15 +208,16 @@ fn configuration_of_the_user() -> Outcome {
     of_runc.end()
 }
 
-/// `skip-mnt` of the user's configuration: a mount that is left out is not there after the restore, and the others are.
-#[test]
-fn a_mount_is_left_out() -> Outcome {
+/// Options of the user's configuration: locks are saved, and a mount that is left out is not there after the restore, while others are.
+fn options_of_the_user(runtime: &Path) -> Outcome {
     let place = Place::new()?;
     let file = place.path("criu.conf");
-    std::fs::write(&file, "skip-mnt /left/out\n").map_err(|error| format!("{}: {error}", file.display()))?;
-    let of_runc = OfRunc::run(&place, &programs::installed("runc")?, |bundle| {
+    let options = "file-locks # of one file\nskip-mnt /left/out\ntcp-established\n";
+    std::fs::write(&file, options).map_err(|error| format!("{}: {error}", file.display()))?;
+    let of_runc = OfRunc::run(&place, runtime, |bundle| {
         bundle.writable();
         bundle.config["annotations"] = json!({"org.criu.config": file});
+        bundle.config["process"]["args"] = json!(Service::words("file_lock"));
         for point in ["/left/out", "/kept"] {
             let mount = json!({"destination": point, "type": "tmpfs", "source": "tmpfs"});
             bundle.config["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(mount.clone()));

@@ -20,6 +20,7 @@ use crate::archive::{Compressor, Counter, NewFile};
 use crate::failure::Failure;
 use crate::progress::Bar;
 use crate::state::Container;
+use crate::user_config::UserConfig;
 use crate::{externals, previous};
 
 /// Runs the engine. On failure the container runs on as it was found, and nothing of the images is left.
@@ -47,20 +48,29 @@ pub fn dump_container(plan: &Plan) -> Result<Summary, Failure> {
 /// When it has no process, or what lies outside of it cannot be told.
 pub fn options(container: &Container, spec: &Spec, args: &CheckpointArgs) -> Result<DumpOptions, Failure> {
     let pid = container.init.ok_or_else(|| no_process(container))?.pid;
+    let config = UserConfig::of(spec)?;
+    let shell_job = args.shell_job || config.shell_job;
     let mut options = DumpOptions {
         after: if args.leave_running { After::Run } else { After::Kill },
-        shell_job: args.shell_job,
+        shell_job,
         freezer: Some(container.cgroup.freezer()?),
         cgroups: container.cgroup.options(args.manage_cgroups_mode)?,
         faults: Faults::new(args.fault.iter().copied()),
         ..DumpOptions::default()
     };
-    options.files.file_locks = args.file_locks;
+    options.files.file_locks = args.file_locks || config.file_locks;
+    options.files.ghost_limit = config.ghost_limit.unwrap_or(options.files.ghost_limit);
+    options.files.skipped_mounts = config.skipped_mounts.clone();
+    options.namespaces.skipped_mounts = config.skipped_mounts;
+    if let Some(limit) = config.timeout {
+        options.freeze_deadline = limit;
+        options.standstill = Some(limit);
+    }
     options.files.outside_stdio = true;
     options.files.of_bundle = true;
     options.namespaces.of_bundle = true;
     let has_terminal = spec.process().as_ref().is_some_and(|process| process.terminal().unwrap_or(false));
-    options.files.outside_terminal = has_terminal || args.shell_job;
+    options.files.outside_terminal = has_terminal || shell_job;
     let key = |path: &Path| path.display().to_string();
     let mut outside = externals::mounts(spec, &container.bundle, &container.rootfs, &container.cgroup);
     // A masked folder has an empty tmpfs of its own over it, which is saved like any other.

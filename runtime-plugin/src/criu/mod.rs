@@ -11,7 +11,7 @@ mod dump;
 mod freezer;
 mod listen;
 mod log;
-mod lsm;
+pub mod lsm;
 pub mod options;
 mod outside;
 mod restore;

@@ -81,7 +81,7 @@ fn await_end(root: HostPid) -> Result<(), Failure> {
 }
 
 fn restore_options<'a>(options: &Options) -> Result<RestoreOptions<'a>, Failure> {
-    super::lsm::check(options)?;
+    super::lsm::check(options.lsm_profile.as_deref())?;
     let mut restore = RestoreOptions {
         shell_job: options.shell_job,
         terminal: crate::own_terminal::own_terminal(options.shell_job)?,

@@ -18,6 +18,7 @@ use crate::ending::{self, Heeded};
 use crate::externals;
 use crate::failure::Failure;
 use crate::progress::Bar;
+use crate::user_config::UserConfig;
 
 /// Runs the engine; `complete` gets the container's first process when all is there and nothing runs yet. On failure nothing of
 /// the tree is left.
@@ -35,6 +36,7 @@ pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(),
         root: Some(rootfs),
         external_mounts: outside.into_iter().map(|(point, source)| (point.display().to_string(), source)).collect(),
         empty_net: !plan.args.empty_ns.is_empty(),
+        mount_context: plan.args.lsm_mount_context.clone().filter(|context| !context.is_empty()),
         of_bundle: true,
         ..RestoreNamespaceOptions::default()
     };
@@ -43,10 +45,11 @@ pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(),
             .map_err(|error| Failure::from(error).context(format!("cannot open the namespace {}", path.display())))?;
         namespaces.external_namespaces.insert(externals::namespace_key(kind).to_owned(), file.into());
     }
+    let shell_job = plan.args.shell_job || UserConfig::of(spec)?.shell_job;
     let bar = Bar::new("restore");
     let options = RestoreOptions {
         memory: bar.progress(),
-        shell_job: plan.args.shell_job,
+        shell_job,
         first_task: Some(Box::new(|root: HostPid| {
             plan.remains.janitor().root(root).map_err(|error| error.to_string())?;
             plan.cgroup.add(root.0).map_err(|error| format!("cannot put it into the container's cgroup: {error}"))
@@ -65,7 +68,7 @@ pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(),
         progress: Some(Box::new(|phase| layer.at_phase(phase, plan.remains))),
         names: Some(plan.remains.janitor().journal()),
         inherited: stdio_from_here(&stdio)?,
-        terminal: crate::own_terminal::own_terminal(plan.args.shell_job)?,
+        terminal: crate::own_terminal::own_terminal(shell_job)?,
         terminal_master: plan.console.socket().map(|_| -> TakeTerminal<'_> {
             Box::new(|master| plan.console.pass(&master).map_err(|error| error.to_string()))
         }),
