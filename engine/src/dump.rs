@@ -61,6 +61,9 @@ pub enum After {
 /// the hypervisor first).
 const DEFAULT_STAGING: u64 = 32 << 20;
 
+/// What a dump on top of earlier images prepares memory for, at most.
+const INCREMENT: u64 = 16 << 20;
+
 /// How to dump.
 #[derive(Clone, Debug)]
 pub struct DumpOptions {
@@ -320,7 +323,9 @@ pub fn dump_telling(
             refuse(outlook.refusals)?;
         }
         let runs_on = options.after == After::Run;
-        let room = if runs_on { Staging::prepare(outlook.memory, options.staging) } else { Staging::default() };
+        // Most of it is left to the parent, if there is one.
+        let expected = if options.parent.is_some() { outlook.memory.min(INCREMENT) } else { outlook.memory };
+        let room = if runs_on { Staging::prepare(expected, options.staging) } else { Staging::default() };
         let reader = PageReader::start(room, options.parent.clone(), keepers.clone())
             .map_err(DumpError::read(root, "memory"))?;
         Ok((reader, outlook.surroundings, CgroupSets::new(&options.cgroups)?))

@@ -27,9 +27,11 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::agent::AgentError;
-use crate::agent::inject::{Injected, Overseer, find_syscall_instruction};
+use crate::agent::inject::{Injected, Overseer};
+use crate::agent::landing::Foothold;
+use crate::fault::DumpStep;
 use crate::freeze::StoppedProcess;
-use crate::memory::mappings::{Kind, Mapping};
+use crate::memory::mappings::{self, Kind, Mapping};
 use crate::memory::parent::common;
 use crate::procfs::{self, Stat};
 use crate::sys::pagemap::{PRESENT, Pagemap, WRITES_TRACKED, WRITTEN, Wanted};
@@ -287,15 +289,13 @@ fn make_descriptor(
     overseer: Overseer<'_>,
 ) -> Result<Option<OwnedFd>, AgentError> {
     let (pid, context) = (process.pid, &process.threads[0].context);
-    let mut code: Vec<&Mapping> =
-        mapped.iter().filter(|mapping| mapping.is_executable() && mapping.kind != Kind::Vsyscall).collect();
-    code.sort_by_key(|mapping| mapping.kind != Kind::Vdso);
-    let at = find_syscall_instruction(pid, code.into_iter().map(|mapping| mapping.range.clone()))?;
-    let agents = Injected::new(pid, context, at, 0, list, overseer)?;
+    let foothold = Foothold::find(pid, mappings::code(mapped))?;
+    let agents = Injected::new(pid, context, foothold, 0, list, overseer)?;
     let made = ask_for_descriptor(&agents, pid);
     let left = agents.leave();
     list.clear();
     left?;
+    (overseer.pass)(DumpStep::Left)?;
     made.or_else(|error| match error {
         AgentError::Call { errno, .. } => {
             tracing::debug!(%pid, %errno, "no userfaultfd, writes are not tracked");

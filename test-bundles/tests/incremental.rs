@@ -1,9 +1,11 @@
 //! Pre-dumps, and dumps on top of earlier images.
 
-use ferry_test_bundles::{Engine, Outcome, Place, Workload, processes};
+use ferry_test_bundles::victim::Victim;
+use ferry_test_bundles::{Engine, Outcome, Place, Workload, processes, programs};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::process::Command;
 
 /// Workloads that change their memory between a pre-dump and the next, each in a way of its own.
 const REWRITTEN: &[&str] = &[
@@ -208,4 +210,29 @@ fn parents_that_are_not_the_dumps_are_refused() -> Outcome {
         Err(error) if error.contains("damaged") => place.nothing_left(),
         other => Err(format!("a flipped bit in the parent's pages: {other:?}")),
     }
+}
+
+/// Points of a dump that a pre-dump does not come to, or at which its images are complete.
+const NOT_MET: [&str; 6] = ["recheck", "enter", "batch", "answers", "records", "after-finish"];
+
+/// Wherever a pre-dump fails or is killed, the tree is unharmed: nobody tracks its writes, no descriptor is left in it.
+#[test]
+fn a_pre_dump_that_fails_harms_nothing() -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut victim = Victim::start(&place, "survivor")?;
+    let listed = programs::succeed(Command::new(programs::ferry()?).args(["criu", "--list-faults"]))?;
+    let met = |point: &&str| point.starts_with("dump-") && !NOT_MET.iter().any(|other| point.ends_with(other));
+    for (number, point) in listed.lines().filter(met).enumerate() {
+        let action = if number % 3 == 0 { "error" } else { "kill" };
+        let at = |error: String| format!("{point}={action}: {error}");
+        let images = victim.images()?;
+        let fault = format!("{point}={action}");
+        if engine.pre_dump(&place, victim.workload.pid, &images, &["--fault", &fault]).is_ok() {
+            return Err(at("the pre-dump succeeded: was the point not met?".to_owned()));
+        }
+        victim.alone().map_err(at)?;
+        victim.unharmed().map_err(at)?;
+    }
+    victim.round_trip(&engine)?;
+    victim.end()
 }

@@ -10,7 +10,9 @@
 use std::ops::Range;
 use std::slice;
 
+use super::AgentError;
 use super::arch::{self, SelfJump};
+use super::inject::find_syscall_instruction;
 use crate::sys::{HostPid, RemoteAddr, process_vm};
 
 /// How much of a program is searched.
@@ -53,6 +55,17 @@ pub struct Foothold {
     pub syscall_at: RemoteAddr,
     /// Where to land if ferry dies in the middle of a call.
     pub landing: Option<Landing>,
+}
+
+impl Foothold {
+    /// Looks for one in the executable ranges of a task.
+    ///
+    /// # Errors
+    /// [`AgentError::NoSyscallInstruction`].
+    pub fn find(tid: HostPid, executable: impl Iterator<Item = Range<u64>> + Clone) -> Result<Self, AgentError> {
+        let syscall_at = find_syscall_instruction(tid, executable.clone())?;
+        Ok(Self { syscall_at, landing: Landing::find(tid, executable) })
+    }
 }
 
 impl From<RemoteAddr> for Foothold {

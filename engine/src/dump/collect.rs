@@ -6,8 +6,8 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::agent::inject::{Context, Injected, Overseer, find_syscall_instruction};
-use crate::agent::landing::{Foothold, Landing};
+use crate::agent::inject::{Context, Injected, Overseer};
+use crate::agent::landing::Foothold;
 use crate::agent::{Call, Pending};
 use crate::cgroups::CgroupSets;
 use crate::error::Refusal;
@@ -268,15 +268,7 @@ impl Collector<'_> {
             outsides.push(outside);
         }
         let outside = ProcessOutside::collect(task.pid)?;
-        let vdso_first = |kind: &Kind| *kind != Kind::Vdso;
-        let mut code: Vec<&Mapping> =
-            mapped.iter().filter(|mapping| mapping.is_executable() && mapping.kind != Kind::Vsyscall).collect();
-        code.sort_by_key(|mapping| vdso_first(&mapping.kind));
-        let code = code.into_iter().map(|mapping| mapping.range.clone());
-        let foothold = Foothold {
-            syscall_at: find_syscall_instruction(task.pid, code.clone())?,
-            landing: Landing::find(task.pid, code),
-        };
+        let foothold = Foothold::find(task.pid, mappings::code(mapped))?;
         let contexts: Vec<(HostPid, &Context)> =
             process.threads.iter().map(|thread| (thread.tid, &thread.context)).collect();
         let pass = |step| self.options.step(step);

@@ -19,7 +19,7 @@ use crate::freeze::StoppedTree;
 use crate::images::inventory::InventoryEntry;
 use crate::images::kind::{IMG_VERSION, Kind};
 use crate::images::pagemap::PagemapEntry;
-use crate::images::{Content, Sink, encode};
+use crate::images::{Content, Manifest, Sink, SinkError, encode};
 use crate::memory::mappings::{self, Mapping};
 use crate::memory::pages::PageRuns;
 use crate::memory::parent::{equal_pages, page_count};
@@ -85,14 +85,15 @@ pub fn pre_dump(root: HostPid, sink: &mut dyn Sink, options: &DumpOptions) -> Re
         sink.put("inventory.img", &encode(Kind::Inventory, &[inventory]))?;
         let mut manifest = manifest(options);
         manifest.options.insert(PRE_DUMP_OPTION.into(), true.into());
-        let manifest = sink.finish(manifest)?;
-        sink.seal(&dumped)?;
-        // Last, since what it vouches for must be there.
-        let kept = manifest.digest().map_err(io::Error::other).and_then(|digest| tracker.keep(&digest));
-        if let Err(error) = kept {
+        dumped.manifest = Some(sink.finish(manifest)?);
+        Ok(sink.seal(&dumped)?)
+    })?;
+    // Last, since what the keeper vouches for must be there.
+    enter(DumpPhase::Finish, options, || {
+        let digest = dumped.manifest.as_ref().map(Manifest::digest).transpose().map_err(SinkError::from)?;
+        if let Err(error) = tracker.keep(&digest.unwrap_or_default()) {
             tracing::warn!(%error, "writes are not tracked: the dump will compare all of the memory");
         }
-        dumped.manifest = Some(manifest);
         Ok(())
     })?;
     tracing::info!(processes = dumped.processes, pages = dumped.pages, frozen = ?dumped.frozen, "pre-dumped");

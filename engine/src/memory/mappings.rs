@@ -250,6 +250,17 @@ pub fn collect_names(pid: HostPid) -> io::Result<Vec<Mapping>> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/maps is not as proc(5) says")))
 }
 
+/// Where code is, the vdso's first: nobody changes that.
+pub fn code(mappings: &[Mapping]) -> impl Iterator<Item = Range<u64>> + Clone {
+    let of_kind = |is_vdso: bool| {
+        let wanted = move |mapping: &&Mapping| {
+            mapping.is_executable() && mapping.kind != Kind::Vsyscall && (mapping.kind == Kind::Vdso) == is_vdso
+        };
+        mappings.iter().filter(wanted).map(|mapping| mapping.range.clone())
+    };
+    of_kind(true).chain(of_kind(false))
+}
+
 /// Marks the mappings whose writes somebody other than ferry tracks.
 pub fn refuse_tracked(mappings: &mut [Mapping]) {
     for mapping in mappings.iter_mut().filter(|mapping| mapping.writes_tracked) {
