@@ -156,21 +156,21 @@ impl Hierarchies {
         Some((hierarchy, Cgroup::new(hierarchy.version, directory.to_owned(), path)))
     }
 
-    /// The cgroups of a process, or of one thread when `pid` is a thread's id.
+    /// The cgroups of a process, or of one thread when `pid` is a thread's id. Hierarchies that came into being after
+    /// [`Hierarchies::detect`] are passed over as long as the task is in their root, as all tasks are then.
     ///
     /// # Errors
-    /// When the task does not exist, or names a hierarchy that came into being after [`Hierarchies::detect`].
+    /// When the task does not exist, or is elsewhere in such a hierarchy already.
     pub fn of_task(&self, pid: i32) -> Result<CgroupSet, HierarchyError> {
         let text = read(&format!("/proc/{pid}/cgroup"))?;
         let memberships = parse_proc_cgroup(&text)?
             .into_iter()
-            .map(|(controllers, path)| {
-                let hierarchy = self
-                    .list
-                    .iter()
-                    .find(|hierarchy| hierarchy.controllers == controllers)
-                    .ok_or_else(|| HierarchyError::Unknown { pid, name: controllers.join(",") })?;
-                Ok(Membership { hierarchy: hierarchy.clone(), path })
+            .filter_map(|(controllers, path)| {
+                match self.list.iter().find(|hierarchy| hierarchy.controllers == controllers) {
+                    Some(hierarchy) => Some(Ok(Membership { hierarchy: hierarchy.clone(), path })),
+                    None if path == "/" => None,
+                    None => Some(Err(HierarchyError::Unknown { pid, name: controllers.join(",") })),
+                }
             })
             .collect::<Result<_, HierarchyError>>()?;
         Ok(CgroupSet { memberships })
@@ -443,6 +443,25 @@ mod tests {
         assert_eq!(lines[2], (Vec::new(), "/".to_owned()));
         assert!(parse_proc_cgroup("x::/").is_err());
         assert!(parse_proc_cgroup("0:/").is_err());
+    }
+
+    #[test]
+    fn a_hierarchy_that_came_into_being_meanwhile_is_passed_over() {
+        let me = i32::try_from(std::process::id()).unwrap();
+        let all = Hierarchies::detect().unwrap();
+        for (place, member) in all.of_task(me).unwrap().memberships.iter().enumerate() {
+            let mut earlier = all.clone();
+            earlier.list.retain(|hierarchy| *hierarchy != member.hierarchy);
+            match earlier.of_task(me) {
+                Ok(set) => {
+                    assert_eq!(member.path, "/");
+                    let mut others = all.of_task(me).unwrap();
+                    others.memberships.remove(place);
+                    assert_eq!(set, others);
+                }
+                Err(error) => assert!(matches!(error, HierarchyError::Unknown { .. }) && member.path != "/", "{error}"),
+            }
+        }
     }
 
     #[test]
