@@ -105,6 +105,36 @@ fn an_external_terminal_is_given_back() -> Outcome {
     workload.end()
 }
 
+/// A tree that leads a session of its own, on a terminal whose master is outside, gets the terminal of whoever restores it as a shell
+/// job, which another session has.
+#[test]
+fn the_leader_of_a_session_takes_the_callers_terminal() -> Outcome {
+    let place = Place::new()?;
+    place.own_terminals()?;
+    let (pid_file, images) = (place.path("pid"), place.folder("images")?);
+    let mut first = Terminal::with_shell()?;
+    let close = "for fd in /proc/$$/fd/*; do fd=${fd##*/}; [ $fd -gt 2 ] && eval \"exec $fd>&-\"; done";
+    let pid = pid_file.display();
+    let serve = format!("{close}; echo $$ > {pid}.new; mv {pid}.new {pid}; while read line; do echo \"[$line]\"; done");
+    first.enter(&format!("exec bash -c '{serve}'\n"))?;
+    processes::wait_for("the program's pid", || pid_file.exists())?;
+    let pid = std::fs::read_to_string(&pid_file).map_err(|error| error.to_string())?;
+    let pid: i32 = pid.trim().parse().map_err(|_| format!("odd pid {pid}"))?;
+    let engine = Engine::ferry()?;
+    engine.dump(&place, pid, &images, &["--shell-job"])?;
+    processes::await_end(&[pid])?;
+    let mut second = Terminal::with_shell()?;
+    let ferry = programs::ferry()?;
+    second.enter(&format!("exec {} criu restore --shell-job -D {} -o r.log\n", ferry.display(), images.display()))?;
+    second.enter("two\n")?;
+    second
+        .expect("[two]")
+        .map_err(|error| format!("{error}\n{}", std::fs::read_to_string(images.join("r.log")).unwrap_or_default()))?;
+    drop((first, second));
+    processes::end_all_below();
+    place.nothing_left()
+}
+
 /// A job of an interactive shell is dumped, and restored as the job of another shell in another terminal.
 #[test]
 fn a_shell_job_moves_to_another_terminal() -> Outcome {

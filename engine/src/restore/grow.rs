@@ -113,7 +113,9 @@ impl Restore<'_> {
                 script.must("begin it", "session", libc::SYS_setsid, &[]);
                 // Only children that are made from now on have the terminal too.
                 if let Some(terminal) = self.files.terminal_of(maker) {
-                    let arguments = [terminal.number.into(), TIOCSCTTY, 0];
+                    // With 1 it is taken from the session that has it: a shell job that led a session of its own gets the
+                    // caller's terminal, as with CRIU. Terminals that are made again belong to nobody.
+                    let arguments = [terminal.number.into(), TIOCSCTTY, 1];
                     script.must("give it its terminal", "session", libc::SYS_ioctl, &arguments);
                 }
                 if self.files.opens_terminal(maker) {

@@ -205,8 +205,8 @@ impl TerminalPlan {
                 return Ok(());
             }
             (None, true) => {
-                let problem =
-                    "its master side was held outside: give a console socket that takes a new one, or --shell-job";
+                let problem = "its master side was held outside: give a console socket that takes a new one, or \
+                               --shell-job with a terminal as standard input";
                 problems.push((member, problem.into()));
                 return Ok(());
             }
