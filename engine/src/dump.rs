@@ -29,7 +29,7 @@ use crate::freeze::{FreezeError, StoppedTree};
 use crate::images::{Manifest, Sink, SinkError};
 use crate::journal::Journal;
 use crate::memory::parent::ParentMemory;
-use crate::memory::reader::{PageReader, ReadPagesError};
+use crate::memory::reader::{PageReader, Parent, ReadPagesError};
 use crate::memory::staging::Staging;
 use crate::namespaces::{CollectNamespacesError, DumpNamespacesError, NamespaceOptions};
 use crate::preflight;
@@ -326,8 +326,9 @@ pub fn dump_telling(
         // Most of it is left to the parent, if there is one.
         let expected = if options.parent.is_some() { outlook.memory.min(INCREMENT) } else { outlook.memory };
         let room = if runs_on { Staging::prepare(expected, options.staging) } else { Staging::default() };
-        let reader = PageReader::start(room, options.parent.clone(), keepers.clone())
-            .map_err(DumpError::read(root, "memory"))?;
+        let parent = options.parent.clone().map(|memory| Parent { memory, keepers: keepers.clone() });
+        let reader =
+            PageReader::start(room, parent, options.cancel.clone()).map_err(DumpError::read(root, "memory"))?;
         Ok((reader, outlook.surroundings, CgroupSets::new(&options.cgroups)?))
     })?;
     let start = Instant::now();

@@ -92,10 +92,17 @@ impl Sink for Metered<'_> {
 }
 
 /// Reading it fails with the [`Cancelled`](crate::cancel::Cancelled) once the dump is given up.
-struct MeteredContent<'a> {
+pub(crate) struct MeteredContent<'a> {
     content: &'a dyn Content,
     progress: Option<&'a Progress>,
     cancel: &'a Cancel,
+}
+
+impl<'a> MeteredContent<'a> {
+    /// Content of which nobody is told.
+    pub fn untold(content: &'a dyn Content, cancel: &'a Cancel) -> Self {
+        Self { content, progress: None, cancel }
+    }
 }
 
 impl Content for MeteredContent<'_> {

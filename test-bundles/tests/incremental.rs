@@ -43,17 +43,27 @@ fn all(names: &[&str], one: impl Fn(&str) -> Outcome) -> Outcome {
     if failed.is_empty() { Ok(()) } else { Err(failed.join("\n")) }
 }
 
-/// Two pre-dumps with changes after each, a dump, a restore; and all again from what was restored.
-fn pre_dumped_twice(name: &str) -> Outcome {
+/// Two pre-dumps with changes after each, a dump, a restore; so many times.
+fn rounds(number: u32, name: &str) -> Outcome {
     let (place, engine) = (Place::new()?, Engine::under_test()?);
     let mut workload = Workload::start(&place, name)?;
-    for round in ["first round", "second round"] {
-        let told = |error| format!("{round}: {error}");
+    for round in 1..=number {
+        let told = |error| format!("round {round}: {error}");
         workload.pre_dump(&engine).map_err(told)?;
         workload.pre_dump(&engine).map_err(told)?;
         workload.incremental_round_trip(&engine, &engine).map_err(told)?;
     }
     workload.end()
+}
+
+fn pre_dumped_twice(name: &str) -> Outcome {
+    rounds(1, name)
+}
+
+/// A chain goes on across a restore.
+#[test]
+fn what_was_restored_is_pre_dumped_again() -> Outcome {
+    rounds(3, "rewritten_discarded")
 }
 
 #[test]

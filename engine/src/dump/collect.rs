@@ -163,7 +163,10 @@ pub fn collect_tree(
     let Collector { mut files, mut shared, filters, mut refusals, .. } = collector;
     let of_shared = DumpError::read(root, "shared memory");
     let parent = options.parent.as_deref();
-    shared.collect_pages().and_then(|()| parent.map_or(Ok(()), |parent| shared.leave_to(parent))).map_err(of_shared)?;
+    shared
+        .collect_pages()
+        .and_then(|()| parent.map_or(Ok(()), |parent| shared.leave_to(parent, &options.cancel)))
+        .map_err(of_shared)?;
     refusals.extend(files.refusals());
     let (found, staging) = reader.finish()?;
     for (process, pages) in processes.iter_mut().filter(|process| !process.is_zombie()).zip(found) {

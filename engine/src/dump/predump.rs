@@ -26,6 +26,7 @@ use crate::memory::parent::{equal_pages, page_count};
 use crate::memory::shmem::SharedObjects;
 use crate::preflight;
 use crate::procfs::Ids;
+use crate::progress::{Metered, MeteredContent};
 use crate::sys::{HostPid, NsPid, PAGE_SIZE};
 use crate::track::{Keepers, Tracker};
 
@@ -61,14 +62,21 @@ pub fn pre_dump(root: HostPid, sink: &mut dyn Sink, options: &DumpOptions) -> Re
     let start = Instant::now();
     let stopped = enter(DumpPhase::Freeze, options, || Ok(StoppedTree::stop(root, options, &surroundings)?))?;
     dumped.freezing = start.elapsed();
+    if let Some(limit) = options.standstill {
+        options.cancel.limit(start, limit);
+    }
     let Collected { processes, mut shared, tracker } =
         enter(DumpPhase::Collect, options, || collect(&stopped, options, keepers))?;
     enter(DumpPhase::Release, options, || {
         dumped.threads = stopped.processes.iter().map(|process| process.threads.len()).sum();
         drop(stopped);
         dumped.frozen = start.elapsed();
+        options.cancel.lift_limit();
         Ok(())
     })?;
+    let pages = processes.iter().map(|process| process.pages.runs.pages()).sum::<u64>();
+    let shared_pages = shared.iter().map(|(_, object)| object.pages()).sum::<u64>();
+    let sink = &mut Metered::new(sink, options, (pages + shared_pages) * PAGE_SIZE);
     enter(DumpPhase::Memory, options, || {
         let start = Instant::now();
         save(root, processes, &mut shared, sink, options, &mut dumped)?;
@@ -161,7 +169,9 @@ fn save(
             (Some(parent), Some(unwritten)) => parent.has_of(ns_pid, pages.runs.runs(), &unwritten),
             (Some(parent), None) => parent
                 .private(ns_pid)
-                .map_or(Ok(Vec::new()), |images| equal_pages(&pages, pages.runs.runs(), images))
+                .map_or(Ok(Vec::new()), |images| {
+                    equal_pages(&MeteredContent::untold(&pages, &options.cancel), pages.runs.runs(), images)
+                })
                 .map_err(DumpError::read(pid, "memory"))?,
         };
         pages.runs.leave_out(&in_parent);
@@ -172,7 +182,7 @@ fn save(
         dumped.parent_pages += page_count(&in_parent);
     }
     if let Some(parent) = parent {
-        shared.leave_to(parent).map_err(DumpError::read(root, "shared memory"))?;
+        shared.leave_to(parent, &options.cancel).map_err(DumpError::read(root, "shared memory"))?;
     }
     for (id, object) in shared.iter() {
         put(shared_pagemap_image(id), object.dump(), object)?;

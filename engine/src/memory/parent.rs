@@ -168,8 +168,10 @@ pub fn without(runs: &[Range<u64>], holes: &[Range<u64>]) -> Vec<Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cancel::Cancel;
     use crate::images::pagemap::{PagemapEntry, PagemapHead};
     use crate::images::{Encoder, FolderOptions, FolderSink, FolderSource, Manifest, Sink};
+    use crate::progress::MeteredContent;
 
     const PAGE: u64 = PAGE_SIZE;
 
@@ -204,5 +206,11 @@ mod tests {
             [3 * PAGE..4 * PAGE, 4 * PAGE..5 * PAGE, 8 * PAGE..9 * PAGE]
         );
         assert_eq!(left, [PAGE..2 * PAGE, 3 * PAGE..4 * PAGE, 8 * PAGE..9 * PAGE, 10 * PAGE..11 * PAGE]);
+
+        let cancel = Cancel::default();
+        let told = || equal_pages(&MeteredContent::untold(&content, &cancel), &runs, parent.private(NsPid(7)).unwrap());
+        assert_eq!(told().unwrap(), equal);
+        cancel.caller_gone();
+        assert!(told().is_err(), "a dump that is given up compares no further");
     }
 }

@@ -9,12 +9,14 @@ use std::ops::Range;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
+use crate::cancel::Cancel;
 use crate::images::pagemap::PagemapEntry;
 use crate::memory::mappings::{Kind, Mapping};
 use crate::memory::pages::{PageRuns, ProcessPages};
 use crate::memory::parent::{ParentMemory, equal_pages, page_count, without};
 use crate::memory::staging::{Staged, Staging};
 use crate::procfs::Ids;
+use crate::progress::MeteredContent;
 use crate::sys::HostPid;
 use crate::track::Keepers;
 
@@ -53,6 +55,14 @@ pub struct ReadPagesError {
     pub source: io::Error,
 }
 
+/// Earlier images, to which pages are left.
+pub struct Parent {
+    /// Their memory.
+    pub memory: Arc<ParentMemory>,
+    /// Who may know what was written since; the rest is compared.
+    pub keepers: Arc<Keepers>,
+}
+
 struct Job {
     pid: HostPid,
     mappings: Arc<[Mapping]>,
@@ -65,15 +75,15 @@ pub struct PageReader {
 }
 
 impl PageReader {
-    /// Starts the thread, which copies into `staging` what `parent` does not have. What `keepers` vouch for is not looked at.
+    /// Starts the thread, which copies into `staging` what `parent` does not have.
     ///
     /// # Errors
     /// Those of making a thread.
-    pub fn start(staging: Staging, parent: Option<Arc<ParentMemory>>, keepers: Arc<Keepers>) -> io::Result<Self> {
+    pub fn start(staging: Staging, parent: Option<Parent>, cancel: Cancel) -> io::Result<Self> {
         let (jobs, queue) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("pages".into())
-            .spawn(move || read_all(queue, staging, parent.as_deref(), &keepers))?;
+            .spawn(move || read_all(queue, staging, parent.as_ref(), &cancel))?;
         Ok(Self { jobs, thread })
     }
 
@@ -96,15 +106,15 @@ impl PageReader {
 fn read_all(
     queue: mpsc::Receiver<Job>,
     mut staging: Staging,
-    parent: Option<&ParentMemory>,
-    keepers: &Keepers,
+    parent: Option<&Parent>,
+    cancel: &Cancel,
 ) -> Result<(Vec<Found>, Staging), ReadPagesError> {
     let mut all = Vec::new();
     for Job { pid, mappings } in queue {
         let failed = |what| move |source| ReadPagesError { pid, what, source };
         let mut runs = PageRuns::collect(pid, &mappings).map_err(failed("page map"))?;
         let in_parent = match parent {
-            Some(parent) => leave_to_parent(pid, &mut runs, &mappings, parent, keepers).map_err(failed("memory"))?,
+            Some(parent) => leave_to_parent(pid, &mut runs, &mappings, parent, cancel).map_err(failed("memory"))?,
             None => Vec::new(),
         };
         runs.find_shared(pid).map_err(failed("page map"))?;
@@ -125,8 +135,8 @@ fn leave_to_parent(
     pid: HostPid,
     runs: &mut PageRuns,
     mappings: &[Mapping],
-    parent: &ParentMemory,
-    keepers: &Keepers,
+    Parent { memory: parent, keepers }: &Parent,
+    cancel: &Cancel,
 ) -> io::Result<Vec<Range<u64>>> {
     let process = Ids::read(pid)?.innermost();
     let left = match (keepers.unwritten(pid, mappings, parent.digest()), parent.private(process)) {
@@ -138,7 +148,8 @@ fn leave_to_parent(
         }
         (None, Some(images)) => {
             runs.find_shared(pid)?;
-            equal_pages(&ProcessPages::open(pid, runs)?, runs.runs(), images)?
+            let pages = ProcessPages::open(pid, runs)?;
+            equal_pages(&MeteredContent::untold(&pages, cancel), runs.runs(), images)?
         }
     };
     // Whoever restores looks into the vdso before anything else.

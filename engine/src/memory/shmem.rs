@@ -12,10 +12,12 @@ use std::os::unix::fs::FileExt;
 use nix::errno::Errno;
 use rustix::fs::{SeekFrom, seek};
 
+use crate::cancel::Cancel;
 use crate::images::Content;
 use crate::images::pagemap::PagemapEntry;
 use crate::memory::mappings::{Kind, Mapping};
 use crate::memory::parent::{ParentMemory, equal_pages, page_count, without};
+use crate::progress::MeteredContent;
 use crate::sys::{HostPid, PAGE_SIZE};
 
 /// One shared memory object.
@@ -67,11 +69,12 @@ impl SharedObjects {
     /// Leaves to `parent` the pages that it has with the same content.
     ///
     /// # Errors
-    /// Those of reading.
-    pub fn leave_to(&mut self, parent: &ParentMemory) -> io::Result<()> {
+    /// Those of reading, and that it is given up.
+    pub(crate) fn leave_to(&mut self, parent: &ParentMemory, cancel: &Cancel) -> io::Result<()> {
         for (id, object) in &mut self.objects {
             if let Some(pages) = parent.shared(*id) {
-                object.in_parent = equal_pages(object, &object.runs, pages)?;
+                let content = MeteredContent::untold(object, cancel);
+                object.in_parent = equal_pages(&content, &object.runs, pages)?;
                 object.runs = without(&object.runs, &object.in_parent);
             }
         }
