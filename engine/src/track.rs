@@ -28,10 +28,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::AgentError;
 use crate::agent::inject::{Injected, Overseer};
-use crate::agent::landing::Foothold;
+use crate::agent::landing::Landings;
 use crate::fault::DumpStep;
 use crate::freeze::StoppedProcess;
-use crate::memory::mappings::{self, Kind, Mapping};
+use crate::memory::mappings::{Kind, Mapping};
 use crate::memory::parent::common;
 use crate::procfs::{self, Stat};
 use crate::sys::pagemap::{PRESENT, Pagemap, WRITES_TRACKED, WRITTEN, Wanted};
@@ -289,7 +289,7 @@ fn make_descriptor(
     overseer: Overseer<'_>,
 ) -> Result<Option<OwnedFd>, AgentError> {
     let (pid, context) = (process.pid, &process.threads[0].context);
-    let foothold = Foothold::find(pid, mappings::code(mapped))?;
+    let foothold = Landings::default().foothold(pid, mapped)?;
     let agents = Injected::new(pid, context, foothold, 0, list, overseer)?;
     let made = ask_for_descriptor(&agents, pid);
     let left = agents.leave();

@@ -7,12 +7,12 @@
 //! registers back ([`super::recover`]). Ordinary code has such a jump every few KiB, be it in the middle of other instructions:
 //! `jmp` to itself, or through a register that a system call leaves alone and in which its own address can be put.
 
-use std::ops::Range;
 use std::slice;
 
 use super::AgentError;
 use super::arch::{self, SelfJump};
 use super::inject::find_syscall_instruction;
+use crate::memory::mappings::{self, Mapping};
 use crate::sys::{HostPid, RemoteAddr, process_vm};
 
 /// How much of a program is searched.
@@ -29,19 +29,58 @@ pub struct Landing {
     pub jump: SelfJump,
 }
 
-impl Landing {
-    /// Looks for one in the executable ranges of a task. None where there is none, as in a tiny program without a C library.
-    pub fn find(tid: HostPid, executable: impl IntoIterator<Item = Range<u64>>) -> Option<Self> {
+/// Landings of files that were found in one process, for the others: code of a file is searched once.
+#[derive(Debug, Default)]
+pub struct Landings(Vec<InFile>);
+
+/// Where one is in a file.
+#[derive(Debug)]
+struct InFile {
+    device: (u32, u32),
+    inode: u64,
+    offset: u64,
+}
+
+impl Landings {
+    /// Looks for what it takes to have a task make calls. There is no landing in a tiny program without a C library.
+    ///
+    /// # Errors
+    /// [`AgentError::NoSyscallInstruction`].
+    pub fn foothold(&mut self, tid: HostPid, mapped: &[Mapping]) -> Result<Foothold, AgentError> {
+        let code = mappings::code(mapped);
+        let syscall_at = find_syscall_instruction(tid, code.clone().map(|mapping| mapping.range.clone()))?;
+        let known = code.clone().find_map(|mapping| self.known(tid, mapping));
+        Ok(Foothold { syscall_at, landing: known.or_else(|| self.search(tid, code)) })
+    }
+
+    fn known(&self, tid: HostPid, mapping: &Mapping) -> Option<Landing> {
+        let offsets = mapping.offset..mapping.offset + (mapping.range.end - mapping.range.start);
+        let of_file = |known: &&InFile| known.device == mapping.device && known.inode == mapping.inode;
+        self.0.iter().filter(of_file).filter(|known| offsets.contains(&known.offset)).find_map(|known| {
+            let at = mapping.range.start + (known.offset - mapping.offset);
+            // The program may have written to its code.
+            let mut pair = [0; 2];
+            process_vm::read(tid, &[at..at + 2], &mut pair).ok()?;
+            let (_, jump) = arch::find_self_jump(&pair)?;
+            Some(Landing { at: RemoteAddr(at), jump })
+        })
+    }
+
+    fn search<'a>(&mut self, tid: HostPid, executable: impl Iterator<Item = &'a Mapping>) -> Option<Landing> {
         let (mut block, mut left) = (Vec::new(), MOST);
-        for range in executable {
-            for start in (range.start..range.end).step_by(BLOCK as usize) {
-                let part = start..range.end.min(start + BLOCK);
+        for mapping in executable {
+            for start in mapping.range.clone().step_by(BLOCK as usize) {
+                let part = start..mapping.range.end.min(start + BLOCK);
                 left = left.checked_sub(part.end - part.start)?;
                 block.resize((part.end - part.start) as usize, 0);
                 let got = process_vm::read(tid, slice::from_ref(&part), &mut block).unwrap_or(0);
-                if let Some((offset, jump)) = arch::find_self_jump(&block[..got]) {
-                    return Some(Self { at: RemoteAddr(start + offset as u64), jump });
+                let Some((offset, jump)) = arch::find_self_jump(&block[..got]) else { continue };
+                let at = start + offset as u64;
+                if mapping.inode != 0 {
+                    let offset = mapping.offset + (at - mapping.range.start);
+                    self.0.push(InFile { device: mapping.device, inode: mapping.inode, offset });
                 }
+                return Some(Landing { at: RemoteAddr(at), jump });
             }
         }
         None
@@ -55,17 +94,6 @@ pub struct Foothold {
     pub syscall_at: RemoteAddr,
     /// Where to land if ferry dies in the middle of a call.
     pub landing: Option<Landing>,
-}
-
-impl Foothold {
-    /// Looks for one in the executable ranges of a task.
-    ///
-    /// # Errors
-    /// [`AgentError::NoSyscallInstruction`].
-    pub fn find(tid: HostPid, executable: impl Iterator<Item = Range<u64>> + Clone) -> Result<Self, AgentError> {
-        let syscall_at = find_syscall_instruction(tid, executable.clone())?;
-        Ok(Self { syscall_at, landing: Landing::find(tid, executable) })
-    }
 }
 
 impl From<RemoteAddr> for Foothold {

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::agent::inject::{Context, Injected, Overseer};
-use crate::agent::landing::Foothold;
+use crate::agent::landing::Landings;
 use crate::agent::{Call, Pending};
 use crate::cgroups::CgroupSets;
 use crate::error::Refusal;
@@ -136,8 +136,15 @@ pub fn collect_tree(
     let mut refusals = namespaces.refusals().to_vec();
     refusals.extend(outside_job(&tasks[0], &all_ids[0], level, options));
     let files = FilesCollector::new(root, options.files.clone()).map_err(DumpError::read(root, "mounts"))?;
-    let mut collector =
-        Collector { files, shared: SharedObjects::default(), filters: FilterTable::default(), refusals, list, options };
+    let mut collector = Collector {
+        files,
+        shared: SharedObjects::default(),
+        filters: FilterTable::default(),
+        landings: Landings::default(),
+        refusals,
+        list,
+        options,
+    };
     let mut processes: Vec<ProcessState> = Vec::with_capacity(tasks.len());
     for (index, ((task, ids), process)) in tasks.into_iter().zip(all_ids).zip(&mut tree.processes).enumerate() {
         collector.files.add_job(&task, &process.stat, &ids);
@@ -196,6 +203,7 @@ struct Collector<'a> {
     files: FilesCollector,
     shared: SharedObjects,
     filters: FilterTable,
+    landings: Landings,
     refusals: Vec<Refusal>,
     list: &'a mut RobustList,
     options: &'a DumpOptions,
@@ -271,7 +279,7 @@ impl Collector<'_> {
             outsides.push(outside);
         }
         let outside = ProcessOutside::collect(task.pid)?;
-        let foothold = Foothold::find(task.pid, mappings::code(mapped))?;
+        let foothold = self.landings.foothold(task.pid, mapped)?;
         let contexts: Vec<(HostPid, &Context)> =
             process.threads.iter().map(|thread| (thread.tid, &thread.context)).collect();
         let pass = |step| self.options.step(step);

@@ -251,12 +251,12 @@ pub fn collect_names(pid: HostPid) -> io::Result<Vec<Mapping>> {
 }
 
 /// Where code is, the vdso's first: nobody changes that.
-pub fn code(mappings: &[Mapping]) -> impl Iterator<Item = Range<u64>> + Clone {
+pub fn code(mappings: &[Mapping]) -> impl Iterator<Item = &Mapping> + Clone {
     let of_kind = |is_vdso: bool| {
         let wanted = move |mapping: &&Mapping| {
             mapping.is_executable() && mapping.kind != Kind::Vsyscall && (mapping.kind == Kind::Vdso) == is_vdso
         };
-        mappings.iter().filter(wanted).map(|mapping| mapping.range.clone())
+        mappings.iter().filter(wanted)
     };
     of_kind(true).chain(of_kind(false))
 }
