@@ -1,11 +1,12 @@
 //! Putting the tasks right whose ferry was killed while agents were in them.
 //!
 //! A runner whose ferry dies returns by itself to what its thread was doing; a parked thread ([`super::inject`]) waits in
-//! pause(2) with its signals blocked, or circles where the call that it was in has left it ([`super::landing`]); and each leaves the area mapped. Every thread is stopped once more: one that is
-//! not its own self yet gets its noted registers and mask back, as a dump would have given them. Then one of them unmaps the area.
+//! pause(2) with its signals blocked, or circles where the call that it was in has left it ([`super::landing`]); and each leaves the
+//! area mapped. Every thread is stopped once more: one that is not its own self yet gets its noted registers and mask back, as a dump
+//! would have given them. Then one of them unmaps the area.
 //!
 //! Nothing waits without end: a thread that does not stop, because it is frozen or in uninterruptible sleep, is left to its
-//! runner, which wakes with it.
+//! runner, which wakes with it. One that could run is waited for longer.
 
 use std::time::{Duration, Instant};
 
@@ -18,8 +19,13 @@ use crate::procfs;
 use crate::sys::HostPid;
 use crate::sys::ptrace;
 
+/// How often a thread that has only to get a processor is looked at.
+const GLANCE: Duration = Duration::from_millis(100);
 /// How long the threads of one process are waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The same for a thread that has only to get a processor. Of a victim that kept all of them busy, one thread in some hundred needed
+/// more than the above (Linux 6.18, whose scheduler lets a task starve for 12 s).
+const FOR_A_PROCESSOR: Duration = Duration::from_secs(120);
 
 /// What could not be put right.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +79,18 @@ fn stop(tid: HostPid, deadline: Instant) -> nix::Result<()> {
         }
     }
     ptrace::interrupt(tid)?;
-    ptrace::wait_interrupted_until(tid, deadline).map(drop)
+    let last = deadline + FOR_A_PROCESSOR;
+    loop {
+        match ptrace::wait_interrupted_until(tid, deadline.max(Instant::now() + GLANCE)) {
+            Err(Errno::ETIMEDOUT) if could_run(tid) && Instant::now() < last => {}
+            result => return result.map(drop),
+        }
+    }
+}
+
+/// Whether the thread waits for nothing but a processor.
+fn could_run(tid: HostPid) -> bool {
+    procfs::Stat::read(tid).is_ok_and(|stat| stat.state == 'R')
 }
 
 fn is_zombie(tid: HostPid) -> bool {
