@@ -101,7 +101,8 @@ pub fn torture(plan: &Plan) -> Outcome {
         let after = median(&lengths).mul_f64(fraction(&mut random) * BEYOND);
         if let Err(error) = one(&place, &engine, &mut victim, plan.whom, number, after, &mut tally) {
             tally.harmed += 1;
-            let error = format!("dump {number}, killed after {after:?}: {error}");
+            let said = std::fs::read_to_string(place.path("said")).unwrap_or_default();
+            let error = format!("dump {number}, killed after {after:?}: {error}; ferry said {said:?}");
             say(&error);
             first.get_or_insert(error);
             processes::end_all_below();
@@ -217,7 +218,8 @@ fn start_dump(place: &Place, engine: &Engine, pid: i32, images: &Path, leave_run
     if leave_running {
         command.arg("--leave-running");
     }
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let said = std::fs::File::create(place.path("said")).map_err(|error| error.to_string())?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said);
     // SAFETY: the child makes one system call, and does not allocate.
     unsafe {
         command.pre_exec(|| {

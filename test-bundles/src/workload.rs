@@ -73,9 +73,12 @@ impl<'place> Workload<'place> {
     /// Starts it, in a session of its own and with /dev/null for input and output.
     pub fn start(place: &'place Place, name: &str) -> Outcome<Self> {
         let dir = place.folder("work")?;
-        // Of one that was there before.
-        for name in ["ready", "verdict", "check"] {
-            let _ = std::fs::remove_file(dir.join(name));
+        // Of one that was there before, and of its children.
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if ["ready", "verdict", "check"].iter().any(|kind| name.rsplit('.').next() == Some(kind)) {
+                let _ = std::fs::remove_file(entry.path());
+            }
         }
         if name.starts_with("terminal") {
             place.own_terminals()?;
