@@ -19,4 +19,4 @@ pub use directory::Cgroup;
 pub use freezer::{FreezeError, Freezer, Frozen, State};
 pub use hierarchy::{CgroupSet, Hierarchies, Hierarchy, HierarchyError, Membership, Version};
 pub use tree::restore::{RestoreError, RestoredCgroups};
-pub use tree::{CgroupTree, Mode, OWN_SET, SaveError, SetTable};
+pub use tree::{CgroupTree, ChosenProperties, Mode, OWN_SET, SaveError, SetTable};

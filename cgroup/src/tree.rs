@@ -10,9 +10,11 @@
 //! | `sets` | the sets, and their numbers |
 //! | `save` | reading directories and properties |
 //! | `properties` | which properties, and how each is written |
+//! | `chosen` | further ones, by a user's choice |
 //! | `plan` | every reason why a tree cannot be made here, found before anything is made |
 //! | `restore` | making directories, writing properties, moving tasks, and undoing it |
 
+mod chosen;
 pub mod plan;
 mod properties;
 pub mod restore;
@@ -21,6 +23,7 @@ mod sets;
 
 use std::str::FromStr;
 
+pub use chosen::ChosenProperties;
 pub use save::SaveError;
 pub use sets::{OWN_SET, SetTable};
 

@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 
 use ferry_cgroup::tree::HierarchyTree;
 use ferry_cgroup::{
-    CgroupTree, Frozen, Hierarchies, HierarchyError, Mode, OWN_SET, RestoredCgroups, SaveError, SetTable,
+    CgroupTree, ChosenProperties, Frozen, Hierarchies, HierarchyError, Mode, OWN_SET, RestoredCgroups, SaveError,
+    SetTable,
 };
 
 use crate::files::{NameJournal, NewName};
@@ -37,6 +38,8 @@ pub struct CgroupOptions {
     pub roots: Vec<(Option<String>, String)>,
     /// At a dump: the only controllers to save; all if empty.
     pub controllers: Vec<String>,
+    /// Control files to save and restore besides those that are known, or instead of them.
+    pub properties: Vec<ChosenProperties>,
     /// A folder with a mount of every hierarchy, instead of those of the host.
     pub yard: Option<PathBuf>,
     /// At a restore: `roots` are all that there may be. A hierarchy without one is left out, and nothing may lie elsewhere.
@@ -52,7 +55,8 @@ impl CgroupOptions {
 impl Default for CgroupOptions {
     /// Cgroups are not managed.
     fn default() -> Self {
-        Self { mode: Mode::Ignore, roots: Vec::new(), controllers: Vec::new(), yard: None, confined: false }
+        let (roots, controllers, properties) = (Vec::new(), Vec::new(), Vec::new());
+        Self { mode: Mode::Ignore, roots, controllers, properties, yard: None, confined: false }
     }
 }
 
@@ -104,7 +108,7 @@ impl CgroupSets {
         let mut tree = if options.mode == Mode::Ignore {
             CgroupTree { sets: self.table.sets().to_vec(), hierarchies: Vec::new() }
         } else {
-            CgroupTree::collect_from(&self.table, &options.roots, frozen)?
+            CgroupTree::collect_from(&self.table, &options.roots, &options.properties, frozen)?
         };
         if !options.controllers.is_empty() {
             let chosen = |name: &str| name.split(',').any(|one| options.controllers.iter().any(|chosen| chosen == one));
@@ -178,7 +182,9 @@ impl CgroupPlan {
         let hierarchies = self.options.hierarchies()?;
         let mut record = Record { journal, folders: 0 };
         let restored =
-            self.tree.restore_within(self.options.mode, hierarchies, &mut |directory| record.coming(directory))?;
+            self.tree.restore_within(self.options.mode, hierarchies, &self.options.properties, &mut |directory| {
+                record.coming(directory)
+            })?;
         Ok(Cgroups { restored, managed: !self.is_empty(), own: self.own })
     }
 }

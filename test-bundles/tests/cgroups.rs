@@ -124,6 +124,37 @@ fn cgroups_come_back_with_properties_and_tasks() -> Outcome {
     round_trip(&Engine::under_test()?, &Engine::under_test()?)
 }
 
+/// A control file that nobody knows by itself is saved and restored when it is named to both, and named when the restore does not
+/// know it.
+#[test]
+fn properties_are_chosen() -> Outcome {
+    // Of every version 2 cgroup since Linux 6.1: whether pressure is accounted.
+    const FILE: &str = "cgroup.pressure";
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let cgroups = cgroups(&place);
+    let chosen = cgroups.iter().find(|cgroup| cgroup.directory.join(FILE).exists());
+    let directory = chosen.ok_or_else(|| format!("no cgroup has {FILE}: the test needs version 2"))?.directory.clone();
+    write(&directory.join(FILE), "0")?;
+    let file = place.path("properties");
+    write(&file, &format!("\"cgroup\":\n - \"strategy\": \"merge\"\n - \"properties\": [\"{FILE}\"]\n"))?;
+    let options = ["--manage-cgroups", "--cgroup-props-file", &file.to_string_lossy()];
+    let Dumped { workload, images, .. } = dumped(&place, &engine, &options)?;
+    remove(&cgroups)?;
+    let refused = engine.restore(&place, &images, &options[..1]).err().unwrap_or_default();
+    if !["cgroup.pressure", "--cgroup-props"].iter().all(|word| refused.contains(word)) {
+        return Err(format!("a file that the restore was not told of is no reason to refuse: {refused}"));
+    }
+    engine.restore(&place, &images, &options)?;
+    workload.ask()?;
+    let now = read(&directory.join(FILE))?;
+    if now != "0" {
+        return Err(format!("{FILE} is {now}"));
+    }
+    processes::end_all_below();
+    remove(&cgroups)?;
+    workload.end()
+}
+
 #[test]
 #[ignore = "needs CRIU 4.x: set CRIU to its path"]
 fn criu_restores_cgroups_that_ferry_saved() -> Outcome {

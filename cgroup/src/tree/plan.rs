@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 
-use super::properties;
-use super::{CgroupTree, Directory, HierarchyTree, Mode, is_at_or_below};
+use super::{CgroupTree, ChosenProperties, Directory, HierarchyTree, Mode, is_at_or_below};
+use super::{chosen, properties};
 use crate::directory::Cgroup;
 use crate::hierarchy::{Hierarchies, Hierarchy, Version};
 
@@ -78,7 +78,11 @@ impl fmt::Display for Obstacle {
                 write!(f, "the image names the cgroup {path:?}, which is no path of a cgroup")
             }
             Obstacle::UnknownProperty { cgroup, name } => {
-                write!(f, "the image sets {name:?} of the cgroup {}, which is no known property", cgroup.display())
+                write!(
+                    f,
+                    "the image sets {name:?} of the cgroup {}, which is no known property; name it (--cgroup-props) if it is to be restored",
+                    cgroup.display()
+                )
             }
             Obstacle::Missing { cgroup } => {
                 write!(f, "the cgroup {} does not exist: make it, or use the mode soft", cgroup.display())
@@ -106,8 +110,13 @@ pub(super) struct Plan<'a> {
 }
 
 /// Looks for obstacles. Returns what to do when there are none.
-pub(super) fn plan<'a>(tree: &'a CgroupTree, mode: Mode, hierarchies: &Hierarchies) -> Result<Plan<'a>, Vec<Obstacle>> {
-    let mut planner = Planner { mode, plan: Plan::default(), obstacles: Vec::new() };
+pub(super) fn plan<'a>(
+    tree: &'a CgroupTree,
+    mode: Mode,
+    hierarchies: &Hierarchies,
+    chosen: &'a [ChosenProperties],
+) -> Result<Plan<'a>, Vec<Obstacle>> {
+    let mut planner = Planner { mode, chosen, plan: Plan::default(), obstacles: Vec::new() };
     planner.look_at_sets(tree);
     for saved in &tree.hierarchies {
         match find(hierarchies, saved) {
@@ -149,6 +158,7 @@ fn paths_in<'a>(tree: &'a CgroupTree, saved: &HierarchyTree) -> Vec<&'a str> {
 
 struct Planner<'a> {
     mode: Mode,
+    chosen: &'a [ChosenProperties],
     plan: Plan<'a>,
     obstacles: Vec<Obstacle>,
 }
@@ -207,7 +217,8 @@ impl<'a> Planner<'a> {
             Mode::Strict if exists => self.obstacles.push(Obstacle::Exists { cgroup: directory() }),
             _ => {}
         }
-        for property in saved.properties.iter().filter(|property| !properties::is_known(version, &property.name)) {
+        let known = |name: &str| properties::is_known(version, name) || chosen::is_chosen(self.chosen, name);
+        for property in saved.properties.iter().filter(|property| !known(&property.name)) {
             self.obstacles.push(Obstacle::UnknownProperty { cgroup: directory(), name: property.name.clone() });
         }
         let parent = cgroup.clone();
@@ -266,7 +277,7 @@ mod tests {
             vec![directory("other", &[], vec![]), directory("own", &[], vec![directory("below", &[], vec![])])];
         let heads = vec![directory("", &[], children)];
         let hierarchy = HierarchyTree { controllers: vec!["nonesuch".into()], heads, threaded: true };
-        let mut planner = Planner { mode: Mode::Soft, plan: Plan::default(), obstacles: Vec::new() };
+        let mut planner = Planner { mode: Mode::Soft, chosen: &[], plan: Plan::default(), obstacles: Vec::new() };
         planner.look_at_hierarchy(&hierarchy, &host(), &["/", "/own/below"]);
         let made: Vec<&str> = planner.plan.steps.iter().map(|step| step.cgroup.path()).collect();
         assert_eq!(made, ["/own", "/own/below"]);
@@ -283,7 +294,7 @@ mod tests {
             directory("ferry-none", &["release_agent", "../x"], vec![directory("..", &[], Vec::new()), deep]),
         ];
         let hierarchy = HierarchyTree { controllers: vec!["nonesuch".into()], heads, threaded: true };
-        let mut planner = Planner { mode: Mode::Soft, plan: Plan::default(), obstacles: Vec::new() };
+        let mut planner = Planner { mode: Mode::Soft, chosen: &[], plan: Plan::default(), obstacles: Vec::new() };
         planner.look_at_hierarchy(&hierarchy, &host(), &[]);
         let count = |kind: fn(&Obstacle) -> bool| planner.obstacles.iter().filter(|obstacle| kind(obstacle)).count();
         assert_eq!(count(|obstacle| matches!(obstacle, Obstacle::UnknownProperty { .. })), 2);
@@ -296,7 +307,7 @@ mod tests {
             |path: &str, namespace_prefix| Member { hierarchy: "cpu".into(), path: path.into(), namespace_prefix };
         let members = vec![member("/a/b", 2), member("/a/b", 4), member("/a/b", 3), member("/a/b", 9), member("a", 0)];
         let tree = CgroupTree { sets: vec![TaskSet { id: 2, members }], hierarchies: Vec::new() };
-        let mut planner = Planner { mode: Mode::Soft, plan: Plan::default(), obstacles: Vec::new() };
+        let mut planner = Planner { mode: Mode::Soft, chosen: &[], plan: Plan::default(), obstacles: Vec::new() };
         planner.look_at_sets(&tree);
         let bad = planner.obstacles.iter().filter(|obstacle| matches!(obstacle, Obstacle::BadPath { .. })).count();
         assert_eq!(bad, 3, "{:?}", planner.obstacles);

@@ -149,6 +149,17 @@ pub(super) fn names(cgroup: &Cgroup, controllers: &[String]) -> io::Result<Vec<S
     Ok(names)
 }
 
+/// Whether a known file is one of the controller's.
+pub(super) fn is_of(version: Version, controller: &str, name: &str) -> bool {
+    match version {
+        Version::V1 => {
+            V1.iter().any(|(known, names)| *known == controller && names.contains(&name))
+                || controller == "hugetlb" && is_hugetlb(version, name)
+        }
+        Version::V2 => name.strip_prefix(controller).is_some_and(|rest| rest.starts_with('.')),
+    }
+}
+
 fn is_hugetlb(version: Version, name: &str) -> bool {
     let suffixes: &[&str] = match version {
         Version::V1 => &[".limit_in_bytes", ".rsvd.limit_in_bytes"],

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::plan::{self, Obstacle, Step};
 use super::properties::{self, Turn};
-use super::{CgroupTree, Directory, Member, Mode, OWN_SET, Permissions, Property};
+use super::{CgroupTree, ChosenProperties, Directory, Member, Mode, OWN_SET, Permissions, Property};
 use crate::directory::{Cgroup, is_gone};
 use crate::hierarchy::{Hierarchies, HierarchyError, Version};
 
@@ -130,7 +130,7 @@ impl CgroupTree {
     /// # Errors
     /// Every obstacle at once, before anything is made; or the step that failed, after which what was made is removed.
     pub fn restore(&self, mode: Mode) -> Result<RestoredCgroups, RestoreError> {
-        self.restore_within(mode, Hierarchies::detect()?, &mut |_| Ok(()))
+        self.restore_within(mode, Hierarchies::detect()?, &[], &mut |_| Ok(()))
     }
 
     /// The same, in hierarchies that are reached otherwise. One that is mounted nowhere, and in which there is something to make, is
@@ -142,6 +142,7 @@ impl CgroupTree {
         &self,
         mode: Mode,
         mut hierarchies: Hierarchies,
+        chosen: &[ChosenProperties],
         coming: &mut dyn FnMut(&Path) -> io::Result<()>,
     ) -> Result<RestoredCgroups, RestoreError> {
         for saved in
@@ -157,7 +158,7 @@ impl CgroupTree {
         if mode == Mode::Ignore {
             return Ok(restored);
         }
-        let plan = plan::plan(self, mode, &restored.hierarchies).map_err(RestoreError::Refused)?;
+        let plan = plan::plan(self, mode, &restored.hierarchies, chosen).map_err(RestoreError::Refused)?;
         // An early return drops `restored`, which is the undo.
         for step in &plan.steps {
             if !step.exists {

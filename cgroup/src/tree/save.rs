@@ -9,8 +9,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::properties;
-use super::{CgroupTree, Directory, HierarchyTree, Permissions, Property, SetTable, is_at_or_below};
+use super::{CgroupTree, ChosenProperties, Directory, HierarchyTree, Permissions, Property, SetTable, is_at_or_below};
+use super::{chosen, properties};
 use crate::directory::{Cgroup, is_gone};
 use crate::freezer::{self, FreezeError, Frozen};
 use crate::hierarchy::{Hierarchy, HierarchyError, Version};
@@ -59,17 +59,18 @@ impl CgroupTree {
     /// # Errors
     /// When a directory cannot be read.
     pub fn collect(table: &SetTable, frozen: Option<&Frozen>) -> Result<CgroupTree, SaveError> {
-        Self::collect_from(table, &[], frozen)
+        Self::collect_from(table, &[], &[], frozen)
     }
 
     /// The same, beginning at `roots`: absolute paths within the hierarchy of a controller, or with `None` of every other. What is
-    /// above the tasks is saved too then.
+    /// above the tasks is saved too then. Of the control files `chosen` are saved as well.
     ///
     /// # Errors
     /// As [`CgroupTree::collect`].
     pub fn collect_from(
         table: &SetTable,
         roots: &[(Option<String>, String)],
+        chosen: &[ChosenProperties],
         frozen: Option<&Frozen>,
     ) -> Result<CgroupTree, SaveError> {
         let sets = table.sets().to_vec();
@@ -96,7 +97,7 @@ impl CgroupTree {
                 reachable.provide(&hierarchy.controllers)?;
             }
             let hierarchy = reachable.by_name(&name).unwrap_or(hierarchy);
-            hierarchies.push(collect_hierarchy(hierarchy, &heads, frozen)?);
+            hierarchies.push(collect_hierarchy(hierarchy, &heads, chosen, frozen)?);
         }
         Ok(CgroupTree { sets, hierarchies })
     }
@@ -118,13 +119,14 @@ fn topmost<'a>(paths: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
 fn collect_hierarchy(
     hierarchy: &Hierarchy,
     paths: &[&str],
+    chosen: &[ChosenProperties],
     frozen: Option<&Frozen>,
 ) -> Result<HierarchyTree, SaveError> {
     let mut heads = Vec::new();
     for path in paths {
         let cgroup = hierarchy.cgroup(path)?;
         let name = path.trim_start_matches('/').to_owned();
-        heads.extend(collect_directory(&cgroup, name, &hierarchy.controllers, frozen)?);
+        heads.extend(collect_directory(&cgroup, name, &hierarchy.controllers, chosen, frozen)?);
     }
     let controllers = match hierarchy.version {
         Version::V1 => hierarchy.controllers.clone(),
@@ -144,6 +146,7 @@ fn collect_directory(
     cgroup: &Cgroup,
     name: String,
     controllers: &[String],
+    chosen: &[ChosenProperties],
     frozen: Option<&Frozen>,
 ) -> Result<Option<Directory>, SaveError> {
     let fail = |source| SaveError::Read { path: cgroup.directory().to_owned(), source };
@@ -151,13 +154,15 @@ fn collect_directory(
         return Ok(None);
     };
     let mut properties = Vec::new();
-    for name in properties::names(cgroup, controllers).map_err(fail)? {
+    let mut names = properties::names(cgroup, controllers).map_err(fail)?;
+    chosen::apply(chosen, cgroup.version(), controllers, &mut names);
+    for name in names {
         properties.extend(collect_property(cgroup, name, frozen)?);
     }
     let mut children = Vec::new();
     for child in cgroup.children().map_err(fail)? {
         let name = child.path().rsplit('/').next().unwrap_or_default().to_owned();
-        children.extend(collect_directory(&child, name, controllers, frozen)?);
+        children.extend(collect_directory(&child, name, controllers, chosen, frozen)?);
     }
     Ok(Some(Directory { name, permissions: Some(permissions), properties, children }))
 }

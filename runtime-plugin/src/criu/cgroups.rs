@@ -17,6 +17,7 @@ pub fn options(options: &Options) -> Result<CgroupOptions, Failure> {
         mode,
         roots,
         controllers: options.cgroup_dump_controller.clone(),
+        properties: super::cgroup_props::chosen(options)?,
         yard: options.cgroup_yard.clone(),
         confined: false,
     })

@@ -3,6 +3,7 @@
 //! What callers rely on: `criu --version` prints `Version: X`; `check` prints `Looks good.`; a command that failed exits
 //! with 1 and its log's last line with level `Error` says why.
 
+mod cgroup_props;
 mod cgroups;
 mod check;
 pub mod config;

@@ -331,8 +331,6 @@ impl Options {
             ("--page-server", self.page_server),
             ("--stream", self.stream),
             ("--tls", self.tls),
-            ("--cgroup-props", self.cgroup_props.is_some()),
-            ("--cgroup-props-file", self.cgroup_props_file.is_some()),
         ];
         asked.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
     }
