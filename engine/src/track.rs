@@ -316,9 +316,9 @@ fn ask_for_descriptor(agents: &Injected<'_>, pid: HostPid) -> Result<Option<Owne
 /// Registers the private memory of a process, and protects what is in it.
 fn register(pid: HostPid, descriptor: &OwnedFd, mapped: &[Mapping]) -> io::Result<()> {
     let pagemap = Pagemap::open(pid)?;
-    for mapping in mapped.iter().filter(|mapping| mapping.has_private_pages()) {
-        // Memory that the kernel does not track so (huge pages of a pool, another's userfaultfd) is saved whole. What is another's
-        // must not be protected: that one would take it for unwritten.
+    let is_tracked = |mapping: &&Mapping| mapping.has_private_pages() && !mapping.is_of_huge_pages();
+    for mapping in mapped.iter().filter(is_tracked) {
+        // What is another's must not be protected: that one would take it for unwritten. It is saved whole.
         match userfaultfd::register_writes(descriptor, mapping.range.clone()) {
             Ok(()) => pagemap.watch_writes(mapping.range.clone())?,
             Err(errno) => tracing::debug!(%pid, %errno, mapping = mapping.name, "writes to a mapping are not tracked"),

@@ -175,6 +175,24 @@ fn a_process_that_executed_another_program_is_saved_whole() -> Outcome {
     workload.end()
 }
 
+/// Chains of another program have no manifests.
+#[test]
+fn sets_without_a_manifest_are_followed_too() -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut workload = Workload::start(&place, "page_content_mix")?;
+    workload.pre_dump(&engine)?;
+    workload.pre_dump(&engine)?;
+    workload.incremental_round_trip(&engine, &engine)?;
+    processes::end_all_below();
+    for number in 1..=3 {
+        let manifest = place.path(&format!("images-{number}/ferry.json"));
+        fs::remove_file(&manifest).map_err(|error| format!("{}: {error}", manifest.display()))?;
+    }
+    engine.restore(&place, &place.path("images-3"), &[])?;
+    workload.ask()?;
+    workload.end()
+}
+
 /// Parents that are not the dump's, or lead elsewhere: the restore says so and leaves nothing.
 #[test]
 fn parents_that_are_not_the_dumps_are_refused() -> Outcome {

@@ -63,6 +63,9 @@ pub struct Mapping {
 
 const MAP_HUGE_SHIFT: u32 = 26;
 
+/// The name of memory of the pool of huge pages: the kernel's files are deleted from the start.
+const HUGE_PAGES: &str = "/anon_hugepage (deleted)";
+
 /// Why memory of a userfaultfd is refused.
 const WATCHED: &str = "it is watched by a userfaultfd, which cannot be saved";
 
@@ -70,6 +73,11 @@ impl Mapping {
     /// Whether it holds code.
     pub fn is_executable(&self) -> bool {
         self.protection & libc::PROT_EXEC as u32 != 0
+    }
+
+    /// Whether it is anonymous memory of the pool of huge pages (`MAP_HUGETLB`).
+    pub fn is_of_huge_pages(&self) -> bool {
+        self.name.starts_with(HUGE_PAGES)
     }
 
     /// Whether `range` shows private pages, which `pagemap-PID.img` lists.
@@ -219,8 +227,8 @@ fn classify(name: &str, shared: bool, inode: u64) -> Kind {
         return Kind::Unsupported("it is a socket's ring, which cannot be saved yet");
     }
     match (name, shared) {
-        ("/anon_hugepage (deleted)", false) => Kind::AnonymousPrivate,
-        ("/anon_hugepage (deleted)", true) => {
+        (name, false) if name.starts_with(HUGE_PAGES) => Kind::AnonymousPrivate,
+        (name, true) if name.starts_with(HUGE_PAGES) => {
             Kind::Unsupported("it is shared memory of huge pages, which cannot be saved yet")
         }
         (name, true) if name == "/dev/zero (deleted)" || name.starts_with("[anon_shmem:") => Kind::AnonymousShared,
