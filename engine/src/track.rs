@@ -88,7 +88,9 @@ impl Keepers {
 
     /// Whether one of them has the writes of a process tracked, so that what its mappings show of that is ferry's own doing.
     pub fn track(&self, pid: HostPid) -> bool {
-        self.all().iter().any(|keeper| keeper.task(pid).is_some() && keeper.is_alive())
+        let knows = |keeper: &Keeper| keeper.task(pid).is_some() && keeper.is_alive();
+        // One may have come since they were looked for.
+        self.all().iter().any(knows) || Self::default().all().iter().any(knows)
     }
 
     /// The pages of a stopped process that nobody has written to since the images with this digest were made, in address order. None if

@@ -46,15 +46,13 @@ pub fn start(kept: &[BorrowedFd<'_>], tasks: &[BorrowedFd<'_>]) -> nix::Result<(
     }
 }
 
-/// The child: forks once more and ends, so that the grandchild belongs to nobody here.
+/// The child: becomes the keeper in all but its parent, forks once more and ends, so that the grandchild belongs to nobody here. When it has
+/// ended, the keeper has its name and its descriptors.
 fn become_keeper(sorted: &[RawFd], waits: &mut [libc::pollfd]) -> ! {
     // SAFETY: system calls with numbers and with strings that end in a zero; no descriptor that is closed or replaced is used again,
     // and what was sorted is moved downwards only, over numbers that were moved before or are not kept.
     unsafe {
         libc::setsid();
-        if libc::fork() != 0 {
-            libc::_exit(0);
-        }
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR1, libc::SIGALRM] {
             libc::signal(signal, libc::SIG_DFL);
         }
@@ -72,6 +70,9 @@ fn become_keeper(sorted: &[RawFd], waits: &mut [libc::pollfd]) -> ! {
             libc::dup2(*fd, number);
         }
         libc::syscall(libc::SYS_close_range, sorted.len() as libc::c_uint, libc::c_uint::MAX, 0);
+        if libc::fork() != 0 {
+            libc::_exit(0);
+        }
         let mut left = waits.len();
         while left > 0 {
             libc::poll(waits.as_mut_ptr(), waits.len() as libc::nfds_t, -1);
