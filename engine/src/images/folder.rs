@@ -89,10 +89,9 @@ impl FolderSink {
     /// Makes the link to the parent, in place of one that may be there.
     fn link_parent(&mut self) -> Result<(), SinkError> {
         let failed = |source: Errno| SinkError::Create { name: PARENT_LINK.to_owned(), source: source.into() };
-        match remove(&self.folder, PARENT_LINK) {
-            // A folder is not ours to remove, and does no harm where no parent is wanted.
-            Err(Errno::ISDIR) if self.parent.is_none() => {}
-            result => result.map_err(failed)?,
+        // What is no link is somebody else's, and in the way only if a parent is wanted.
+        if rustix::fs::readlinkat(&self.folder, PARENT_LINK, Vec::new()).is_ok() {
+            remove(&self.folder, PARENT_LINK).map_err(failed)?;
         }
         let Some(parent) = &self.parent else { return Ok(()) };
         self.note(PARENT_LINK);

@@ -351,5 +351,12 @@ mod tests {
         sink.put("core-1.img", b"record").unwrap();
         sink.finish(Manifest::new("6.18", 4096)).unwrap();
         assert!(open(place.path()).unwrap().parent().is_none());
+        // What is no link stays, and keeps a dump from naming a parent.
+        std::fs::write(place.path().join("parent"), "mine").unwrap();
+        for (parent, works) in [(None, true), (Some("../old".into()), false)] {
+            let mut sink = FolderSink::open(place.path(), FolderOptions::default()).unwrap().with_parent(parent);
+            assert_eq!(sink.put("core-1.img", b"record").is_ok(), works);
+        }
+        assert_eq!(std::fs::read(place.path().join("parent")).unwrap(), b"mine");
     }
 }
