@@ -59,9 +59,9 @@ impl Table {
 /// The state of a thread's note: what is not its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Changed {
-    /// Its registers, and maybe its signal mask.
+    /// Its registers, unless its runner has returned, and its signal mask with them.
     Registers = 1,
-    /// Its signal mask alone.
+    /// Its signal mask, and maybe its registers.
     Mask = 2,
 }
 

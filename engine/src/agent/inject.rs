@@ -86,9 +86,9 @@ impl Taken {
     /// Parks the thread, which is in a ptrace stop.
     fn park(&self, at: RemoteAddr, overseer: &Overseer<'_>) -> Result<(), AgentError> {
         self.noted(overseer, |journal, note| journal.changed(note, Changed::Mask));
-        park(self.tid, &self.context.registers, at, || {
-            self.noted(overseer, |journal, note| journal.changed(note, Changed::Registers));
-        })
+        park(self.tid, &self.context.registers, at)?;
+        self.noted(overseer, |journal, note| journal.changed(note, Changed::Registers));
+        Ok(())
     }
 
     /// Puts the general registers and the signal mask back; the runner never touches the extended state.
@@ -102,8 +102,8 @@ impl Taken {
         let registers =
             || ptrace::set_registers(tid, &self.context.registers).map_err(failed("put back its registers"));
         if parked {
-            registers()?;
             self.noted(overseer, |journal, note| journal.changed(note, Changed::Mask));
+            registers()?;
             mask()?;
         } else {
             mask()?;
@@ -143,17 +143,10 @@ pub fn find_syscall_instruction(
     Err(AgentError::NoSyscallInstruction { tid })
 }
 
-/// Makes a thread in a ptrace stop call pause(2) with all signals blocked, should it go on. `between` is called before its
-/// registers are set.
-pub(crate) fn park(
-    tid: HostPid,
-    base: &Registers,
-    syscall_at: RemoteAddr,
-    between: impl FnOnce(),
-) -> Result<(), AgentError> {
+/// Makes a thread in a ptrace stop call pause(2) with all signals blocked, should it go on.
+pub(crate) fn park(tid: HostPid, base: &Registers, syscall_at: RemoteAddr) -> Result<(), AgentError> {
     let failed = |step| move |errno| AgentError::Inject { tid, step, errno };
     ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block its signals"))?;
-    between();
     ptrace::set_registers(tid, &arch::parked_registers(base, syscall_at)).map_err(failed("set its registers"))
 }
 
@@ -194,7 +187,7 @@ fn to_next_edge(tid: HostPid) -> nix::Result<()> {
     loop {
         ptrace::continue_to_syscall(tid)?;
         // A task that SIGSTOP had stopped owes us one more stop, for our interrupt, before it gets to the call.
-        if matches!(ptrace::wait_stop(tid)?, ptrace::Stop::Signal(_)) {
+        if ptrace::wait_stop(tid)? == ptrace::Stop::Syscall {
             return Ok(());
         }
     }
@@ -210,7 +203,7 @@ pub fn call_once(
     number: i64,
     arguments: [u64; 6],
 ) -> Result<u64, AgentError> {
-    park(tid, base, syscall_at, || ())?;
+    park(tid, base, syscall_at)?;
     call_parked(tid, syscall_at.into(), (number, arguments), || (), |_| ())
 }
 

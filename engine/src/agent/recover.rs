@@ -99,18 +99,16 @@ fn is_zombie(tid: HostPid) -> bool {
 
 /// Gives a thread back what it was noted with, if it is not its own self. One that has just mapped the area tells where it is.
 fn put_right(area: &mut AreaNote, note: &ThreadNote) -> nix::Result<()> {
-    if note.changed == Changed::Registers {
-        let now = ptrace::registers(note.tid)?;
-        let in_runner = area.range.contains(&now.rip);
-        let has_landed = area.foothold.landing.is_some_and(|landing| landing.at.0 == now.rip);
-        if has_landed && area.range.start == 0 && arch::call_result(&now) > 0 {
-            area.range = now.rax..now.rax.saturating_add(area.range.end);
-        }
-        if !in_runner && !has_landed && !arch::is_parked(&now, area.foothold.syscall_at) {
-            // Its runner has returned, with the mask.
-            return Ok(());
-        }
+    let now = ptrace::registers(note.tid)?;
+    let has_landed = area.foothold.landing.is_some_and(|landing| landing.at.0 == now.rip);
+    if has_landed && area.range.start == 0 && arch::call_result(&now) > 0 {
+        area.range = now.rax..now.rax.saturating_add(area.range.end);
+    }
+    if has_landed || area.range.contains(&now.rip) || arch::is_parked(&now, area.foothold.syscall_at) {
         ptrace::set_registers(note.tid, &note.registers)?;
+    } else if note.changed == Changed::Registers {
+        // Its runner has returned, with the mask.
+        return Ok(());
     }
     ptrace::set_signal_mask(note.tid, note.mask)
 }

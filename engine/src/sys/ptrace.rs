@@ -19,6 +19,8 @@ pub const OPTION_EXITKILL: usize = libc::PTRACE_O_EXITKILL as usize;
 /// Switch the tracee's seccomp filters off while it is traced (Linux 4.3, CAP_SYS_ADMIN).
 pub const OPTION_SUSPEND_SECCOMP: usize = 1 << 21;
 
+const MARK_SYSCALLS: usize = libc::PTRACE_O_TRACESYSGOOD as usize;
+
 const NT_PRSTATUS: usize = 1;
 const NT_X86_XSTATE: usize = 0x202;
 const GETSIGMASK: libc::c_uint = 0x420a;
@@ -42,6 +44,8 @@ pub enum Stop {
     Group(i32),
     /// About to take this signal, which has been taken off its queue.
     Signal(i32),
+    /// At the entry or exit of a system call, as [`continue_to_syscall`] asked for.
+    Syscall,
 }
 
 /// The rseq registration of a thread (rseq(2)).
@@ -68,13 +72,17 @@ fn request(op: libc::c_uint, pid: HostPid, addr: usize, data: usize) -> nix::Res
 }
 
 /// Attaches to one thread without stopping it.
+///
+/// Stops at system calls are marked (`PTRACE_O_TRACESYSGOOD`). Without that the kernel sends a thread SIGTRAP whose tracer dies when
+/// it stands in such a stop that was not waited for yet (kernel/ptrace.c, exit_ptrace leaves the stop's code; ptrace_report_syscall
+/// takes it for a signal, and the mark makes it none).
 pub fn seize(tid: HostPid, options: usize) -> nix::Result<()> {
-    request(libc::PTRACE_SEIZE as _, tid, 0, options).map(drop)
+    request(libc::PTRACE_SEIZE as _, tid, 0, options | MARK_SYSCALLS).map(drop)
 }
 
 /// Changes the options given to [`seize`].
 pub fn set_options(tid: HostPid, options: usize) -> nix::Result<()> {
-    request(libc::PTRACE_SETOPTIONS as _, tid, 0, options).map(drop)
+    request(libc::PTRACE_SETOPTIONS as _, tid, 0, options | MARK_SYSCALLS).map(drop)
 }
 
 /// Asks a seized thread to stop; [`wait_stop`] awaits it.
@@ -113,6 +121,7 @@ fn stop_of(status: WaitStatus) -> nix::Result<Stop> {
         }),
         WaitStatus::PtraceEvent(..) => Ok(Stop::Interrupted),
         WaitStatus::Stopped(_, signal) => Ok(Stop::Signal(signal as i32)),
+        WaitStatus::PtraceSyscall(_) => Ok(Stop::Syscall),
         _ => Err(Errno::ESRCH),
     }
 }
