@@ -106,6 +106,19 @@ pub fn describe(pids: &[i32]) -> String {
     pids.iter().map(one).collect::<Vec<_>>().join("; ")
 }
 
+/// What each thread of these processes is doing, for a message: its state, where it waits, and its signals.
+pub fn describe_threads(pids: &[i32]) -> String {
+    let threads = pids.iter().flat_map(|pid| std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten());
+    let one = |task: std::fs::DirEntry| {
+        let text = |name: &str| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let status = text("status");
+        let wanted = |line: &&str| ["State", "SigBlk", "SigPnd", "ShdPnd"].iter().any(|name| line.starts_with(name));
+        let state = status.lines().filter(wanted).collect::<Vec<_>>().join(" ");
+        format!("{:?}: {state} in {:?}, call {:?}", task.file_name(), text("wchan"), text("syscall").trim_end())
+    };
+    threads.flatten().map(one).collect::<Vec<_>>().join("\n")
+}
+
 /// Keeps a pid from being given to a process, without a process that has it: a session of that number, whose leader has
 /// ended and in which another process lives, which is returned. It is this process's child, as all orphans below it are.
 pub fn occupy(pid: i32) -> Outcome<i32> {

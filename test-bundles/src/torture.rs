@@ -102,7 +102,9 @@ pub fn torture(plan: &Plan) -> Outcome {
         if let Err(error) = one(&place, &engine, &mut victim, plan.whom, number, after, &mut tally) {
             tally.harmed += 1;
             let said = std::fs::read_to_string(place.path("said")).unwrap_or_default();
-            let error = format!("dump {number}, killed after {after:?}: {error}; ferry said {said:?}");
+            let threads = processes::describe_threads(&processes::tree(victim.workload.pid));
+            let error =
+                format!("dump {number}, killed after {after:?}: {error}; ferry said {said:?}; threads:\n{threads}");
             say(&error);
             first.get_or_insert(error);
             processes::end_all_below();
