@@ -43,8 +43,8 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         Ok((Err(failure), options)) => {
             let sentence = failure.to_string();
             tracing::error!("{sentence}");
-            // With a log file the terminal would stay silent otherwise.
-            if options.log_file.is_some() {
+            // With a log file, or before there is a log, the terminal would stay silent otherwise.
+            if options.log_file.is_some() || !tracing::dispatcher::has_been_set() {
                 crate::logs::say(&format!("Error: {sentence}"));
             }
             failure.status()
