@@ -317,7 +317,7 @@ pub fn dump_telling(
     if options.parent.is_some() {
         keepers.look();
     }
-    let (reader, surroundings, cgroups) = enter(DumpPhase::Preflight, &options, || {
+    let (reader, surroundings, cgroups, landings) = enter(DumpPhase::Preflight, &options, || {
         let outlook = preflight::look(root, &options)?;
         if !listening.names_external() {
             refuse(outlook.refusals)?;
@@ -329,7 +329,7 @@ pub fn dump_telling(
         let parent = options.parent.clone().map(|memory| Parent { memory, keepers: keepers.clone() });
         let reader =
             PageReader::start(room, parent, options.cancel.clone()).map_err(DumpError::read(root, "memory"))?;
-        Ok((reader, outlook.surroundings, CgroupSets::new(&options.cgroups)?))
+        Ok((reader, outlook.surroundings, CgroupSets::new(&options.cgroups)?, outlook.landings))
     })?;
     let start = Instant::now();
     let mut stopped = enter(DumpPhase::Freeze, &options, || Ok(StoppedTree::stop(root, &options, &surroundings)?))?;
@@ -343,7 +343,7 @@ pub fn dump_telling(
     let options = &options;
     let mut state = enter(DumpPhase::Collect, options, || {
         let mut list = install_list(root)?;
-        collect::collect_tree(&mut stopped, options, &mut list, reader, cgroups, &keepers)
+        collect::collect_tree(&mut stopped, options, &mut list, reader, cgroups, landings, &keepers)
     })?;
     enter(DumpPhase::Recheck, options, || refuse(std::mem::take(&mut state.refusals)))?;
     listening.stopped(sink)?;

@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use crate::agent::landing::Landings;
 use crate::dump::{DumpError, DumpOptions, relations};
 use crate::error::Refusal;
 use crate::files::{FilesCollector, FilesOptions};
@@ -34,6 +35,8 @@ pub(crate) struct Outlook {
     pub surroundings: Surroundings,
     /// Bytes of memory that a dump would save now, about: shared memory is counted as if all processes shared the same.
     pub memory: u64,
+    /// Where agents can land in its programs.
+    pub landings: Landings,
 }
 
 /// Looks at the running tree below `root`, once.
@@ -45,6 +48,7 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, Dump
     if let Some(Err(error)) = freezer.map(|freezer| freezer.foresee(|_| true)) {
         refusals.push(tasks[0].refuse("cgroup", sentence(&error), ""));
     }
+    let mut landings = Landings::default();
     for (task, job) in tasks.iter().zip(&jobs) {
         if let Some(parent) = job.parent {
             refusals.extend(relations::shared_with_running_parent(task, &tasks[parent]));
@@ -52,14 +56,14 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, Dump
         if job.stat.state == 'Z' && is_without_leader(task.pid) {
             refusals.push(relations::without_leader(task));
         }
-        for mapping in mappings::collect_names(task.pid).unwrap_or_default() {
-            refusals.extend(mappings::refusal(task, &mapping));
-        }
+        let mapped = mappings::collect_names(task.pid).unwrap_or_default();
+        refusals.extend(mapped.iter().filter_map(|mapping| mappings::refusal(task, mapping)));
+        landings.find(task.pid, &mapped);
         refusals.extend(refuse::check_running(task));
     }
     // With its first thread the root has lost what would be looked at through it.
     if jobs[0].stat.state == 'Z' && !refusals.is_empty() {
-        return Ok(Outlook { refusals, surroundings, memory: 0 });
+        return Ok(Outlook { refusals, surroundings, memory: 0, landings });
     }
     let namespaces = namespaces::Collected::collect(&tasks[0], &tasks, &options.namespaces)?;
     refusals.extend_from_slice(namespaces.refusals());
@@ -73,7 +77,7 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, Dump
     let resident: Vec<Resident> = tasks.iter().filter_map(|task| Resident::read(task.pid).ok()).collect();
     let shared = resident.iter().map(|resident| resident.shared).max().unwrap_or(0);
     let memory = resident.iter().map(|resident| resident.anonymous).sum::<u64>() + shared;
-    Ok(Outlook { refusals, surroundings, memory })
+    Ok(Outlook { refusals, surroundings, memory, landings })
 }
 
 /// An error with its causes.

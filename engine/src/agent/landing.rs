@@ -48,9 +48,16 @@ impl Landings {
     /// [`AgentError::NoSyscallInstruction`].
     pub fn foothold(&mut self, tid: HostPid, mapped: &[Mapping]) -> Result<Foothold, AgentError> {
         let code = mappings::code(mapped);
-        let syscall_at = find_syscall_instruction(tid, code.clone().map(|mapping| mapping.range.clone()))?;
+        let syscall_at = find_syscall_instruction(tid, code.map(|mapping| mapping.range.clone()))?;
+        Ok(Foothold { syscall_at, landing: self.find(tid, mapped) })
+    }
+
+    /// Looks for a landing in a task: where one is in a file is known from then on, so that a running task may be asked and a stopped one
+    /// need not wait for the search.
+    pub fn find(&mut self, tid: HostPid, mapped: &[Mapping]) -> Option<Landing> {
+        let code = mappings::code(mapped);
         let known = code.clone().find_map(|mapping| self.known(tid, mapping));
-        Ok(Foothold { syscall_at, landing: known.or_else(|| self.search(tid, code)) })
+        known.or_else(|| self.search(tid, code))
     }
 
     fn known(&self, tid: HostPid, mapping: &Mapping) -> Option<Landing> {

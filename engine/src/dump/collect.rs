@@ -108,6 +108,7 @@ pub fn collect_tree(
     list: &mut RobustList,
     reader: PageReader,
     mut cgroups: CgroupSets,
+    landings: Landings,
     keepers: &Keepers,
 ) -> Result<TreeState, DumpError> {
     let root = tree.root().pid;
@@ -140,7 +141,7 @@ pub fn collect_tree(
         files,
         shared: SharedObjects::default(),
         filters: FilterTable::default(),
-        landings: Landings::default(),
+        landings,
         refusals,
         list,
         options,
