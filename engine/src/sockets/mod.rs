@@ -59,8 +59,10 @@ pub(crate) struct Sockets<H> {
     ends: BTreeMap<u32, (u32, H)>,
     packets: Vec<queue::Packet>,
     new: uncommon::NewSockets,
-    /// Multicast groups of the network namespace.
-    groups: Vec<multicast::Group>,
+    /// The tree's first task.
+    root: HostPid,
+    /// Multicast groups of the network namespace, read for the first socket that can be in one: most trees have none.
+    groups: Option<Vec<multicast::Group>>,
 }
 
 /// One socket, as the walk over descriptors found it.
@@ -89,7 +91,8 @@ impl<H> Sockets<H> {
             ends: BTreeMap::new(),
             packets: Vec::new(),
             new: uncommon::NewSockets::default(),
-            groups: multicast::groups(root)?,
+            root,
+            groups: None,
         })
     }
 
@@ -106,7 +109,14 @@ impl<H> Sockets<H> {
         match self.family(duplicate)? {
             family @ (libc::AF_INET | libc::AF_INET6) => {
                 let isk = inet::collect_inet(id, inode, family, &info, duplicate, fown)?;
-                inet::check_losses(&isk, duplicate, &self.groups, content)?;
+                let groups = match self.groups.take() {
+                    Some(groups) => groups,
+                    None => multicast::groups(self.root)
+                        .map_err(|error| Problem::unreadable("the multicast groups of its namespace", error))?,
+                };
+                let lost = inet::check_losses(&isk, duplicate, &groups, content);
+                self.groups = Some(groups);
+                lost?;
                 let kind = (family, isk.r#type as i32, isk.proto as i32);
                 let ferry = uncommon::collect(duplicate, kind, &mut self.new)
                     .map_err(|errno| Problem::unreadable("the options of a new socket", errno))?;
