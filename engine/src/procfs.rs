@@ -1,9 +1,42 @@
-//! The two files of proc(5) that describe a task as a whole: `stat` and `status`.
+//! Reading proc(5), and the two of its files that describe a task as a whole: `stat` and `status`.
 
 use std::fs;
 use std::io;
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
 
 use crate::sys::{HostPid, NsPid};
+
+/// What most files of a task take.
+const USUAL: usize = 4 << 10;
+
+/// Reads a file of proc(5), whose size nobody knows before: with few large reads, where [`fs::read`] asks for the size and then begins
+/// with 32 bytes.
+///
+/// # Errors
+/// Those of opening and reading.
+pub fn read(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
+    let file = rustix::fs::open(path.as_ref(), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut bytes = Vec::with_capacity(USUAL);
+    loop {
+        match rustix::io::read(&file, rustix::buffer::spare_capacity(&mut bytes)) {
+            Ok(0) => return Ok(bytes),
+            // The kernel fills a page at a time, if that.
+            Ok(_) if bytes.capacity() - bytes.len() < USUAL => bytes.reserve(bytes.len().max(USUAL)),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Reads a file of proc(5) as text.
+///
+/// # Errors
+/// As [`read`]; `InvalidData` when it is not UTF-8.
+pub fn read_text(path: impl AsRef<Path>) -> io::Result<String> {
+    String::from_utf8(read(path)?).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
 
 /// The inode of a namespace of a task, as `/proc/PID/ns/KIND` shows it (namespaces(7)); none when the task is gone.
 pub fn namespace_inode(pid: HostPid, kind: &str) -> Option<u64> {
@@ -19,12 +52,12 @@ pub fn processes() -> io::Result<Vec<HostPid>> {
 
 /// The name of a process, at most 15 bytes.
 pub fn comm(pid: HostPid) -> io::Result<String> {
-    Ok(fs::read_to_string(format!("/proc/{pid}/comm"))?.trim_end_matches('\n').to_owned())
+    Ok(read_text(format!("/proc/{pid}/comm"))?.trim_end_matches('\n').to_owned())
 }
 
 /// The effective user id of a process.
 pub fn effective_user(pid: HostPid) -> io::Result<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let status = read_text(format!("/proc/{pid}/status"))?;
     let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
     let effective = ids.and_then(|ids| ids.split_ascii_whitespace().nth(1)?.parse().ok());
     effective.ok_or_else(|| io::ErrorKind::InvalidData.into())
@@ -47,6 +80,8 @@ pub struct Stat {
     pub foreground: i32,
     /// `PF_*` flags of the kernel.
     pub flags: u64,
+    /// The processor that it ran on last.
+    pub processor: u32,
     /// When it started, in clock ticks since boot.
     pub start_time: u64,
     /// Bounds of the address space, as `PR_SET_MM_MAP` takes them; zero for a zombie.
@@ -77,7 +112,7 @@ impl Stat {
     /// # Errors
     /// Those of reading; `InvalidData` when the kernel writes something else.
     pub fn read(pid: HostPid) -> io::Result<Self> {
-        let text = fs::read(format!("/proc/{pid}/stat"))?;
+        let text = read(format!("/proc/{pid}/stat"))?;
         Self::parse(&String::from_utf8_lossy(&text)).ok_or_else(|| malformed(pid, "stat"))
     }
 
@@ -97,6 +132,7 @@ impl Stat {
             terminal: signed(7)? as u32,
             foreground: signed(8)?,
             flags: number(9)?,
+            processor: number(39)? as u32,
             start_time: number(22)?,
             bounds: MemoryBounds {
                 start_code: number(26)?,
@@ -134,7 +170,7 @@ impl Ids {
     /// # Errors
     /// Those of reading; `InvalidData` when the kernel writes something else.
     pub fn read(pid: HostPid) -> io::Result<Self> {
-        let text = fs::read(format!("/proc/{pid}/status"))?;
+        let text = read(format!("/proc/{pid}/status"))?;
         let text = String::from_utf8_lossy(&text);
         let mut ids = Self::default();
         for line in text.lines() {
@@ -172,7 +208,7 @@ impl Resident {
     /// # Errors
     /// Those of reading: the process may be gone.
     pub fn read(pid: HostPid) -> io::Result<Self> {
-        let text = fs::read(format!("/proc/{pid}/status"))?;
+        let text = read(format!("/proc/{pid}/status"))?;
         let text = String::from_utf8_lossy(&text);
         let bytes = |key| kibibytes(&text, key).unwrap_or(0) * 1024;
         Ok(Self { anonymous: bytes("RssAnon:"), shared: bytes("RssShmem:") })
@@ -184,7 +220,7 @@ impl Resident {
 /// # Errors
 /// Those of reading.
 pub fn available_memory() -> io::Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
+    let text = read_text("/proc/meminfo")?;
     Ok(kibibytes(&text, "MemAvailable:").unwrap_or(0) * 1024)
 }
 
@@ -219,7 +255,7 @@ pub fn has_living_threads(pid: HostPid) -> bool {
 /// # Errors
 /// Those of reading: the thread may be gone.
 pub fn children(pid: HostPid, tid: HostPid) -> io::Result<Vec<HostPid>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children"))?;
+    let text = read_text(format!("/proc/{pid}/task/{tid}/children"))?;
     Ok(text.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(HostPid).collect())
 }
 
@@ -236,7 +272,7 @@ mod tests {
         let numbers: Vec<String> = (4..=52).map(|field| field.to_string()).collect();
         let stat = Stat::parse(&format!("7 (a) R (b) c) T {}\n", numbers.join(" "))).expect("parses");
         assert_eq!((stat.comm.as_str(), stat.state, stat.parent), ("a) R (b) c", 'T', 4));
-        assert_eq!((stat.bounds.env_end, stat.exit_code), (51, 52));
+        assert_eq!((stat.processor, stat.bounds.env_end, stat.exit_code), (39, 51, 52));
     }
 
     #[test]

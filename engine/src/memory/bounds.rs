@@ -10,7 +10,7 @@
 use std::io;
 
 use crate::images::mm::MmEntry;
-use crate::procfs::MemoryBounds;
+use crate::procfs::{self, MemoryBounds};
 use crate::sys::HostPid;
 use crate::task::identity::ProcessSettings;
 
@@ -43,7 +43,7 @@ pub fn dump(bounds: &MemoryBounds, brk: u64, auxv: Vec<u64>, settings: &ProcessS
 /// # Errors
 /// Those of reading the file.
 pub fn collect_auxv(pid: HostPid) -> io::Result<Vec<u64>> {
-    let bytes = std::fs::read(format!("/proc/{pid}/auxv"))?;
+    let bytes = procfs::read(format!("/proc/{pid}/auxv"))?;
     let words: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word)).collect();
     let pairs = words.chunks_exact(2).take_while(|pair| pair[0] != libc::AT_NULL);
     Ok(pairs.flatten().copied().collect())

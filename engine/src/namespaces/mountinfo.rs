@@ -13,6 +13,7 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use crate::procfs;
 use crate::sys::HostPid;
 
 /// Ends the root of a mount whose directory or file was unlinked.
@@ -105,7 +106,7 @@ impl MountTable {
     /// # Errors
     /// Those of reading: the process may be gone. `InvalidData` when the kernel writes something else than proc(5) says.
     pub fn read(pid: HostPid) -> io::Result<Self> {
-        let text = std::fs::read(format!("/proc/{pid}/mountinfo"))?;
+        let text = procfs::read(format!("/proc/{pid}/mountinfo"))?;
         let namespace = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/mnt"));
         let mut table = Self::parse(&text).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/mountinfo is not as proc(5) says"))

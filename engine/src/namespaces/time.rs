@@ -3,12 +3,12 @@
 //! Images hold what the clocks showed inside the namespace at the dump. A tree that lives in ferry's own time namespace
 //! has them saved too, as number 0, so that a restore can give it a namespace in which its clocks go on.
 
-use std::fs;
 use std::io;
 
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::images::ns::{TimensEntry, Timespec};
+use crate::procfs;
 use crate::sys::HostPid;
 
 const BILLION: i128 = 1_000_000_000;
@@ -23,7 +23,7 @@ pub(super) struct Offsets {
 impl Offsets {
     /// Those of the namespace that children of `pid` are put into.
     pub fn read(pid: impl std::fmt::Display) -> io::Result<Self> {
-        match fs::read_to_string(format!("/proc/{pid}/timens_offsets")) {
+        match procfs::read_text(format!("/proc/{pid}/timens_offsets")) {
             Ok(text) => Self::parse(&text)
                 .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "timens_offsets is not as proc(5) says")),
             // A kernel without time namespaces.

@@ -4,11 +4,10 @@
 //! that never chose has its cpuset's mask. The kernel tells nobody what was chosen. So a mask is saved only when it is less
 //! than what the cpuset gives: on another host, "all there are" must stay that.
 
-use std::fs;
-
 use super::TaskError;
 use crate::agent::{Answers, Batch, Call, Out};
 use crate::images::extension::FerryThreadEntry;
+use crate::procfs;
 use crate::sys::HostPid;
 
 /// Bytes for 8,192 processors, the most that Linux supports on x86-64.
@@ -47,13 +46,13 @@ fn trim(mask: &mut Vec<u8>) {
 ///
 /// Looks at the v1 controller and both usual places of the v2 hierarchy; without any, all processors online.
 pub fn collect_cpuset(pid: HostPid) -> Option<Vec<u8>> {
-    let path = fs::read_to_string(format!("/proc/{pid}/cpuset")).unwrap_or_default();
+    let path = procfs::read_text(format!("/proc/{pid}/cpuset")).unwrap_or_default();
     let path = path.trim().trim_end_matches('/');
-    let below = |root: &str, file: &str| fs::read_to_string(format!("{root}{path}/{file}")).ok();
+    let below = |root: &str, file: &str| procfs::read_text(format!("{root}{path}/{file}")).ok();
     let list = below("/sys/fs/cgroup/cpuset", "cpuset.effective_cpus")
         .or_else(|| below("/sys/fs/cgroup", "cpuset.cpus.effective"))
         .or_else(|| below("/sys/fs/cgroup/unified", "cpuset.cpus.effective"))
-        .or_else(|| fs::read_to_string("/sys/devices/system/cpu/online").ok())?;
+        .or_else(|| procfs::read_text("/sys/devices/system/cpu/online").ok())?;
     parse(list.trim())
 }
 

@@ -12,6 +12,7 @@ use super::{Checks, TaskError};
 use crate::agent::{Answers, Batch, Call, Out, Runner};
 use crate::images::core::{TaskCoreEntry, ThreadCoreEntry};
 use crate::images::extension::FerryTaskEntry;
+use crate::procfs;
 use crate::sys::HostPid;
 
 const NAME: usize = 16;
@@ -185,7 +186,7 @@ pub fn collect_loginuid(pid: HostPid) -> Result<Option<u32>, TaskError> {
 
 fn number<T: std::str::FromStr>(pid: HostPid, file: &'static str) -> Result<T, TaskError> {
     let failed = |source| TaskError::Proc { tid: pid, file, source };
-    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).map_err(failed)?;
+    let text = procfs::read_text(format!("/proc/{pid}/{file}")).map_err(failed)?;
     text.trim().parse().map_err(|_| failed(std::io::ErrorKind::InvalidData.into()))
 }
 

@@ -7,7 +7,6 @@
 //!
 //! Timers are created when all threads are there, and armed last, so that no time is lost to the restore.
 
-use std::fs;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use super::signals::{Queues, signal_of};
 use super::{Checks, TaskError};
 use crate::agent::{Answers, Batch, Call, Out, Runner};
 use crate::images::timer::{ItimerEntry, PosixTimerEntry, TaskTimersEntry};
+use crate::procfs;
 use crate::sys::{HostPid, NsPid};
 
 const SPEC: usize = 32;
@@ -61,7 +61,7 @@ impl Listed {
 /// [`TaskError::Proc`].
 pub fn collect_timers(pid: HostPid) -> Result<Vec<Listed>, TaskError> {
     let failed = |source| TaskError::Proc { tid: pid, file: "timers", source };
-    let text = fs::read_to_string(format!("/proc/{pid}/timers")).map_err(failed)?;
+    let text = procfs::read_text(format!("/proc/{pid}/timers")).map_err(failed)?;
     parse(&text).ok_or_else(|| failed(std::io::Error::from(std::io::ErrorKind::InvalidData)))
 }
 
