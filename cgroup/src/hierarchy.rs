@@ -162,8 +162,12 @@ impl Hierarchies {
     /// # Errors
     /// When the task does not exist, or is elsewhere in such a hierarchy already.
     pub fn of_task(&self, pid: i32) -> Result<CgroupSet, HierarchyError> {
-        let text = read(&format!("/proc/{pid}/cgroup"))?;
-        let memberships = parse_proc_cgroup(&text)?
+        self.of_text(pid, &read(&format!("/proc/{pid}/cgroup"))?)
+    }
+
+    /// The same, of what `/proc/PID/cgroup` says.
+    pub(crate) fn of_text(&self, pid: i32, text: &str) -> Result<CgroupSet, HierarchyError> {
+        let memberships = parse_proc_cgroup(text)?
             .into_iter()
             .filter_map(|(controllers, path)| {
                 match self.list.iter().find(|hierarchy| hierarchy.controllers == controllers) {

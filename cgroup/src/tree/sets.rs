@@ -69,13 +69,15 @@ impl SetTable {
         if let Some(set) = self.of_processes.get(&key) {
             return Ok(*set);
         }
-        let set = self.find_process(pid)?;
+        let set = self.find_process(pid, &key.0)?;
+        // Its threads are where it is, for the most part.
+        self.of_threads.insert((key.0.clone(), set), set);
         self.of_processes.insert(key, set);
         Ok(set)
     }
 
-    fn find_process(&mut self, pid: i32) -> Result<u32, SaveError> {
-        let outside = self.hierarchies.of_task(pid)?;
+    fn find_process(&mut self, pid: i32, said: &str) -> Result<u32, SaveError> {
+        let outside = self.hierarchies.of_text(pid, said)?;
         let inside = self.seen_from_inside(pid)?;
         let mut members = Vec::new();
         for member in &outside.memberships {
@@ -103,13 +105,13 @@ impl SetTable {
         if let Some(set) = self.of_threads.get(&key) {
             return Ok(*set);
         }
-        let set = self.find_thread(tid, process_set)?;
+        let set = self.find_thread(tid, &key.0, process_set)?;
         self.of_threads.insert(key, set);
         Ok(set)
     }
 
-    fn find_thread(&mut self, tid: i32, process_set: u32) -> Result<u32, SaveError> {
-        let outside = self.hierarchies.of_task(tid)?;
+    fn find_thread(&mut self, tid: i32, said: &str, process_set: u32) -> Result<u32, SaveError> {
+        let outside = self.hierarchies.of_text(tid, said)?;
         let of_process =
             self.sets.iter().find(|set| set.id == process_set).map(|set| set.members.clone()).unwrap_or_default();
         let members = outside

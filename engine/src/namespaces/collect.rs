@@ -109,8 +109,8 @@ impl Collected {
         let mut numbering = kind::Numbering::default();
         let (own_inodes, _) = kind::inodes(me).map_err(cannot(me, "ferry's own namespaces"))?;
         let own = numbering.number(&own_inodes);
-        let (root_inodes, _) = kind::inodes(root.pid).map_err(cannot(root.pid, "its namespaces"))?;
-        let root_ids = numbering.number(&root_inodes);
+        let of_root = kind::inodes(root.pid).map_err(cannot(root.pid, "its namespaces"))?;
+        let root_ids = numbering.number(&of_root.0);
         let pidfd = root.pidfd().try_clone_to_owned().map_err(cannot(root.pid, "its descriptor"))?;
         let mut collected = Self {
             own,
@@ -121,19 +121,26 @@ impl Collected {
             time: time::collect(root.pid).map_err(cannot(root.pid, "the clocks of its time namespace"))?,
             refusals: Vec::new(),
         };
-        for task in std::iter::once(root).chain(all) {
-            collected.add_task(task, root, &mut numbering);
+        collected.add_task(root, root, &of_root, &mut numbering);
+        for task in all {
+            if !collected.tasks.contains_key(&task.pid)
+                && let Ok(found) = kind::inodes(task.pid)
+            {
+                collected.add_task(task, root, &found, &mut numbering);
+            }
         }
-        collected.look_inside(root, &root_inodes, options)?;
+        collected.look_inside(root, &of_root.0, options)?;
         Ok(collected)
     }
 
-    fn add_task(&mut self, task: &TaskRef, root: &TaskRef, numbering: &mut kind::Numbering) {
-        if self.tasks.contains_key(&task.pid) {
-            return;
-        }
-        let Ok((inodes, others)) = kind::inodes(task.pid) else { return };
-        let ids = numbering.number(&inodes);
+    fn add_task(
+        &mut self,
+        task: &TaskRef,
+        root: &TaskRef,
+        (inodes, others): &(kind::Inodes, Vec<NamespaceKind>),
+        numbering: &mut kind::Numbering,
+    ) {
+        let ids = numbering.number(inodes);
         for kind in NamespaceKind::ALL {
             let problem = if ids.get(*kind) != self.root.get(*kind) {
                 format!("it is another than that of the tree's root (pid {})", root.ns_pid)
