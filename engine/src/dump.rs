@@ -29,7 +29,7 @@ use crate::freeze::{FreezeError, StoppedTree};
 use crate::images::{Manifest, Sink, SinkError};
 use crate::journal::Journal;
 use crate::memory::parent::ParentMemory;
-use crate::memory::reader::{PageReader, Parent, ReadPagesError};
+use crate::memory::reader::{PageReader, ReadPagesError};
 use crate::memory::staging::Staging;
 use crate::namespaces::{CollectNamespacesError, DumpNamespacesError, NamespaceOptions};
 use crate::preflight;
@@ -60,6 +60,9 @@ pub enum After {
 /// more than this, a dump takes twice as long (measured: 64 MiB in 290 ms instead of 150 ms where memory has to be had from
 /// the hypervisor first).
 const DEFAULT_STAGING: u64 = 32 << 20;
+
+/// So few that looking at them takes less time than preparing the dump.
+const FEW_MAPPINGS: usize = 200;
 
 /// What a dump on top of earlier images prepares memory for, at most.
 const INCREMENT: u64 = 16 << 20;
@@ -313,7 +316,7 @@ pub fn dump_telling(
     // Before what is stopped, so that it is dropped after it.
     let mut listening = Listening::new(listener, root);
     listening.reached(DumpStage::PreDump)?;
-    let keepers = Arc::new(Keepers::default());
+    let keepers = Keepers::default();
     if options.parent.is_some() {
         keepers.look();
     }
@@ -322,14 +325,17 @@ pub fn dump_telling(
         if !listening.names_external() {
             refuse(outlook.refusals)?;
         }
+        let is_small = outlook.memory <= options.staging && outlook.mappings <= FEW_MAPPINGS;
+        let first = is_small.then_some(root);
+        let reader = PageReader::start(first, options.parent.clone(), keepers, options.cancel.clone())
+            .map_err(DumpError::read(root, "memory"))?;
         let runs_on = options.after == After::Run;
         // Most of it is left to the parent, if there is one.
         let expected = if options.parent.is_some() { outlook.memory.min(INCREMENT) } else { outlook.memory };
         let room = if runs_on { Staging::prepare(expected, options.staging) } else { Staging::default() };
-        let parent = options.parent.clone().map(|memory| Parent { memory, keepers: keepers.clone() });
-        let reader =
-            PageReader::start(room, parent, options.cancel.clone()).map_err(DumpError::read(root, "memory"))?;
-        Ok((reader, outlook.surroundings, CgroupSets::new(&options.cgroups)?, outlook.landings))
+        let cgroups = CgroupSets::new(&options.cgroups)?;
+        reader.prepare(room);
+        Ok((reader, outlook.surroundings, cgroups, outlook.landings))
     })?;
     let start = Instant::now();
     let mut stopped = enter(DumpPhase::Freeze, &options, || Ok(StoppedTree::stop(root, &options, &surroundings)?))?;
@@ -343,7 +349,7 @@ pub fn dump_telling(
     let options = &options;
     let mut state = enter(DumpPhase::Collect, options, || {
         let mut list = install_list(root)?;
-        collect::collect_tree(&mut stopped, options, &mut list, reader, cgroups, landings, &keepers)
+        collect::collect_tree(&mut stopped, options, &mut list, reader, cgroups, landings)
     })?;
     enter(DumpPhase::Recheck, options, || refuse(std::mem::take(&mut state.refusals)))?;
     listening.stopped(sink)?;

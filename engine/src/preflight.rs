@@ -35,6 +35,8 @@ pub(crate) struct Outlook {
     pub surroundings: Surroundings,
     /// Bytes of memory that a dump would save now, about: shared memory is counted as if all processes shared the same.
     pub memory: u64,
+    /// How many mappings the root has.
+    pub mappings: usize,
     /// Where agents can land in its programs.
     pub landings: Landings,
 }
@@ -49,6 +51,7 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, Dump
         refusals.push(tasks[0].refuse("cgroup", sentence(&error), ""));
     }
     let mut landings = Landings::default();
+    let mut mappings_of_root = None;
     for (task, job) in tasks.iter().zip(&jobs) {
         if let Some(parent) = job.parent {
             refusals.extend(relations::shared_with_running_parent(task, &tasks[parent]));
@@ -57,13 +60,15 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, Dump
             refusals.push(relations::without_leader(task));
         }
         let mapped = mappings::collect_names(task.pid).unwrap_or_default();
+        mappings_of_root.get_or_insert(mapped.len());
         refusals.extend(mapped.iter().filter_map(|mapping| mappings::refusal(task, mapping)));
         landings.find(task.pid, &mapped);
         refusals.extend(refuse::check_running(task));
     }
+    let mappings = mappings_of_root.unwrap_or(0);
     // With its first thread the root has lost what would be looked at through it.
     if jobs[0].stat.state == 'Z' && !refusals.is_empty() {
-        return Ok(Outlook { refusals, surroundings, memory: 0, landings });
+        return Ok(Outlook { refusals, surroundings, memory: 0, mappings, landings });
     }
     let namespaces = namespaces::Collected::collect(&tasks[0], &tasks, &options.namespaces)?;
     refusals.extend_from_slice(namespaces.refusals());
@@ -77,7 +82,7 @@ pub(crate) fn look(root: HostPid, options: &DumpOptions) -> Result<Outlook, Dump
     let resident: Vec<Resident> = tasks.iter().filter_map(|task| Resident::read(task.pid).ok()).collect();
     let shared = resident.iter().map(|resident| resident.shared).max().unwrap_or(0);
     let memory = resident.iter().map(|resident| resident.anonymous).sum::<u64>() + shared;
-    Ok(Outlook { refusals, surroundings, memory, landings })
+    Ok(Outlook { refusals, surroundings, memory, mappings, landings })
 }
 
 /// An error with its causes.

@@ -4,7 +4,6 @@
 //! and the agent goes out again.
 
 use std::io;
-use std::sync::Arc;
 
 use crate::agent::inject::{Context, Injected, Overseer};
 use crate::agent::landing::Landings;
@@ -35,7 +34,6 @@ use crate::task::seccomp::FilterTable;
 use crate::task::signals::Queues;
 use crate::task::thread::{Thread, dump_thread};
 use crate::task::{ProcessAnswers, ProcessOutside, ProcessQuestions, ThreadAnswers, ThreadOutside, ThreadQuestions};
-use crate::track::Keepers;
 use crate::tree::TaskRef;
 
 use super::relations::{outside_job, shared_with_parent};
@@ -109,20 +107,11 @@ pub fn collect_tree(
     reader: PageReader,
     mut cgroups: CgroupSets,
     landings: Landings,
-    keepers: &Keepers,
 ) -> Result<TreeState, DumpError> {
     let root = tree.root().pid;
-    // First of all, since the pages are read meanwhile.
-    let mut mapped: Vec<Arc<[Mapping]>> = Vec::with_capacity(tree.processes.len());
-    for process in tree.processes.iter().filter(|process| !process.is_zombie()) {
-        let mut of_process = mappings::collect(process.pid).map_err(DumpError::read(process.pid, "mappings"))?;
-        if of_process.iter().any(|mapping| mapping.writes_tracked) && !keepers.track(process.pid) {
-            mappings::refuse_tracked(&mut of_process);
-        }
-        mapped.push(of_process.into());
-        reader.read(process.pid, mapped[mapped.len() - 1].clone());
-    }
-    let mut mapped = mapped.into_iter();
+    // First of all, since that goes on meanwhile.
+    let living = tree.processes.iter().filter(|process| !process.is_zombie());
+    reader.read(living.map(|process| process.pid).collect(), tree.root().stat.processor as usize);
     let mut tasks = Vec::with_capacity(tree.processes.len());
     let mut all_ids = Vec::with_capacity(tree.processes.len());
     for process in &tree.processes {
@@ -154,8 +143,11 @@ pub fn collect_tree(
             collector.refusals.extend(shared_with_parent(&task, &parent.task));
         }
         let parent = parent.map_or(0, |parent| parent.task.ns_pid.0);
-        let of_process = if process.is_zombie() { None } else { mapped.next() };
-        let mut state = if let Some(mapped) = of_process {
+        let mut state = if !process.is_zombie() {
+            let Some(mapped) = reader.next_mappings() else {
+                reader.finish()?;
+                return Err(DumpError::read(task.pid, "mappings")(io::ErrorKind::NotFound.into()));
+            };
             let mut state = collector.process(task, ids, parent, process, &mapped)?;
             let tids = process.threads.iter().map(|thread| thread.tid);
             cgroups.add(tids.zip(state.cores.iter_mut().map(|(_, core)| core)))?;
@@ -249,10 +241,16 @@ impl Collector<'_> {
         );
         mm.exe_file_id = self.files.add_exe(&task).unwrap_or(0);
         mm.vmas.reserve(mapped.len());
+        // A program is mapped piece by piece, one behind the other.
+        let mut last: Option<(&Mapping, u64)> = None;
         for mapping in mapped {
             let shmid = match mapping.kind {
                 Kind::FilePrivate | Kind::FileShared => {
-                    self.files.add_mapping(&task, mapping.range.clone()).unwrap_or(0).into()
+                    let known = last.filter(|(other, _)| mapping.is_of_same_file(other)).map(|(_, file)| file);
+                    let file = known
+                        .unwrap_or_else(|| self.files.add_mapping(&task, mapping.range.clone()).unwrap_or(0).into());
+                    last = Some((mapping, file));
+                    file
                 }
                 _ => self.shared.add(pid, mapping).map_err(read("shared memory"))?,
             };

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use crate::error::Refusal;
 use crate::images::mm::{VmaEntry, vma_status};
+use crate::procfs;
 use crate::sys::HostPid;
 use crate::tree::TaskRef;
 
@@ -78,6 +79,11 @@ impl Mapping {
     /// Whether it is anonymous memory of the pool of huge pages (`MAP_HUGETLB`).
     pub fn is_of_huge_pages(&self) -> bool {
         self.name.starts_with(HUGE_PAGES)
+    }
+
+    /// Whether both are of one file, by what the kernel calls it.
+    pub fn is_of_same_file(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode) && self.name == other.name
     }
 
     /// Whether `range` shows private pages, which `pagemap-PID.img` lists.
@@ -242,7 +248,7 @@ fn classify(name: &str, shared: bool, inode: u64) -> Kind {
 /// # Errors
 /// Those of reading `smaps`; `InvalidData` when the kernel writes something else.
 pub fn collect(pid: HostPid) -> io::Result<Vec<Mapping>> {
-    let text = std::fs::read(format!("/proc/{pid}/smaps"))?;
+    let text = procfs::read(format!("/proc/{pid}/smaps"))?;
     parse(&String::from_utf8_lossy(&text))
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/smaps is not as proc(5) says")))
 }
@@ -253,7 +259,7 @@ pub fn collect(pid: HostPid) -> io::Result<Vec<Mapping>> {
 /// # Errors
 /// As [`collect`].
 pub fn collect_names(pid: HostPid) -> io::Result<Vec<Mapping>> {
-    let text = std::fs::read(format!("/proc/{pid}/maps"))?;
+    let text = procfs::read(format!("/proc/{pid}/maps"))?;
     parse(&String::from_utf8_lossy(&text))
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/maps is not as proc(5) says")))
 }

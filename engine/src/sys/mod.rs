@@ -15,6 +15,7 @@ pub mod pagemap;
 pub mod pidfd;
 pub mod pidns;
 pub mod process_vm;
+pub mod processor;
 pub mod ptrace;
 pub mod robust;
 pub mod shared;
