@@ -159,7 +159,8 @@ fn dump(task: &TaskRef, options: &NamespaceOptions) -> tempfile::TempDir {
     assert_eq!(collected.refusals(), []);
     let folder = tempfile::tempdir().expect("a folder");
     let mut sink = FolderSink::open(folder.path(), FolderOptions::default()).expect("a sink");
-    collected.dump(&mut sink).expect("dumps");
+    collected.dump_content(&mut sink).expect("dumps");
+    collected.dump_records(&mut sink).expect("dumps");
     let (mut own, mut ids) = (TaskKobjIdsEntry::default(), TaskKobjIdsEntry::default());
     collected.own_ids().fill(&mut own);
     collected.fill(task.pid, &mut ids);

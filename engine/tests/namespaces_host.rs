@@ -48,7 +48,8 @@ fn a_tree_in_ferrys_own_namespaces_has_ferrys_numbers() {
 
     let folder = tempfile::tempdir().expect("a folder");
     let mut sink = FolderSink::open(folder.path(), FolderOptions::default()).expect("a sink");
-    collected.dump(&mut sink).expect("dumps");
+    collected.dump_content(&mut sink).expect("dumps");
+    collected.dump_records(&mut sink).expect("dumps");
     let source = FolderSource::open(folder.path()).expect("a source");
     assert_eq!(source.names().expect("names"), ["timens-0.img"]);
     let image = source.get("timens-0.img").expect("readable").expect("there");
@@ -67,7 +68,8 @@ fn other_namespaces_are_saved_and_what_they_hold_is_refused_by_name() {
     assert_eq!((ids.get(NamespaceKind::Net), ids.get(NamespaceKind::Ipc), ids.get(NamespaceKind::Uts)), (9, 10, 11));
     let folder = tempfile::tempdir().expect("a folder");
     let mut sink = FolderSink::open(folder.path(), FolderOptions::default()).expect("a sink");
-    collected.dump(&mut sink).expect("dumps");
+    collected.dump_content(&mut sink).expect("dumps");
+    collected.dump_records(&mut sink).expect("dumps");
     let source = FolderSource::open(folder.path()).expect("a source");
     let image = source.get("utsns-11.img").expect("readable").expect("there");
     let names: UtsnsEntry = decode_one("utsns-11.img", Kind::Utsns, &image).expect("decodes");

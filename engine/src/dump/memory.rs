@@ -64,7 +64,7 @@ pub fn save(
         dumped.shared_pages += object.pages();
         dumped.shared_parent_pages += object.pages_in_parent();
     }
-    state.namespaces.dump(sink)?;
+    state.namespaces.dump_content(sink)?;
     dumped.memory = start.elapsed();
     Ok(Copied { staging, images })
 }

@@ -59,6 +59,7 @@ pub fn save(
     let tree: Vec<PstreeEntry> = state.processes.iter().map(|process| tree_entry(process, state.level)).collect();
     sink.put("pstree.img", &encode(Kind::Pstree, &tree))?;
     save_files(&state.files, sink)?;
+    state.namespaces.dump_records(sink)?;
     sink.put("seccomp.img", &encode(Kind::Seccomp, std::slice::from_ref(&state.filters)))?;
     if options.cpuinfo {
         sink.put("cpuinfo.img", &encode(Kind::Cpuinfo, &[cpuinfo::collect()?]))?;

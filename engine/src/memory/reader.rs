@@ -24,12 +24,8 @@ use crate::memory::staging::{Staged, Staging};
 use crate::procfs::Ids;
 use crate::progress::MeteredContent;
 use crate::sys::HostPid;
-use crate::sys::processor::{go_to, leave, set_slice};
+use crate::sys::processor::{go_to, leave};
 use crate::track::Keepers;
-
-/// The thread's slice of a processor: longer than the 3 ms at most of others, so that it gives way at once to an agent that is to
-/// answer there (kernel/sched/fair.c, `do_preempt_short`; measured: agents wait up to 1 ms less).
-const SLICE: Duration = Duration::from_millis(10);
 
 /// How long a thread stays awake for a message that is to come soon.
 const VIGIL: Duration = Duration::from_millis(5);
@@ -148,7 +144,6 @@ impl PageReader {
 
 impl Work {
     fn run(mut self, first: Option<HostPid>) -> Result<(Vec<Found>, Staging), ReadPagesError> {
-        note(set_slice(SLICE));
         if let Some(pid) = first {
             // What is wrong with it will be seen again.
             let _ = mappings::collect(pid);

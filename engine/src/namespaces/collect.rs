@@ -260,16 +260,26 @@ impl Collected {
         &self.refusals
     }
 
-    /// Writes the images of the namespaces that are not ferry's, with the content of every tmpfs. The tree is stopped.
+    /// Writes what has to be read now, of namespaces that are not ferry's: mounts with the content of every tmpfs, and network
+    /// settings. The tree is stopped.
     ///
     /// # Errors
     /// [`DumpNamespacesError`].
-    pub fn dump(&self, sink: &mut dyn Sink) -> Result<(), DumpNamespacesError> {
+    pub fn dump_content(&self, sink: &mut dyn Sink) -> Result<(), DumpNamespacesError> {
         let number = |kind| self.root.get(kind);
         if let Some(mounts) = &self.content.mounts {
             let (ns_pid, pidfd) = &self.root_task;
             mounts.dump(*ns_pid, pidfd.as_fd(), number(NamespaceKind::Mnt), sink)?;
         }
+        self.dump_net(number(NamespaceKind::Net), sink)
+    }
+
+    /// Writes what has been read. The tree may run on.
+    ///
+    /// # Errors
+    /// [`DumpNamespacesError::Sink`].
+    pub fn dump_records(&self, sink: &mut dyn Sink) -> Result<(), DumpNamespacesError> {
+        let number = |kind| self.root.get(kind);
         if let Some(names) = &self.content.uts {
             sink.put(
                 &Kind::Utsns.name_for(number(NamespaceKind::Uts)),
@@ -284,7 +294,6 @@ impl Collected {
             let entry = PidnsEntry { ext_key: Some(key.clone()) };
             sink.put(&Kind::Pidns.name_for(number(NamespaceKind::Pid)), &encode(Kind::Pidns, &[entry]))?;
         }
-        self.dump_net(number(NamespaceKind::Net), sink)?;
         // The clocks of ferry's own namespace are saved as number 0.
         let time = if self.is_foreign(NamespaceKind::Time) { number(NamespaceKind::Time) } else { 0 };
         sink.put(&Kind::Timens.name_for(time), &encode(Kind::Timens, std::slice::from_ref(&self.time)))?;
