@@ -25,6 +25,7 @@ use crate::journal::{Changed, Journal, Place};
 use crate::sys::robust::RobustList;
 use crate::sys::shared::SharedMemory;
 use crate::sys::{HostPid, PAGE_SIZE, RemoteAddr, process_vm, ptrace};
+use crate::task::signals::signal_of;
 
 /// A slot large enough for a leader's batches: thousands of calls and their data.
 const LEADER_SLOT: usize = 256 << 10;
@@ -306,6 +307,12 @@ impl<'a> Injected<'a> {
         // In this order: with the runner's registers a thread is safe, whatever its mask.
         ptrace::set_registers(tid, &registers).map_err(failed("set its registers"))?;
         ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block its signals"))?;
+        // No mask holds back a SIGSTOP that waits for this thread alone: its stop would keep the runner from its work. In a stopped
+        // process it says nothing more, and SIGCONT would take it back. The runner's first call is the one that waits for work.
+        let queue = ptrace::pending_signals(tid, false).map_err(failed("read its pending signals"))?;
+        if queue.iter().any(|info| signal_of(info) == libc::SIGSTOP) {
+            to_next_edge(tid).map_err(failed("start the agent in it"))?;
+        }
         ptrace::cont(tid).map_err(failed("start the agent in it"))?;
         self.runners.push(Runner::new(tid, slot));
         Ok(())

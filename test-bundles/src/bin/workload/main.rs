@@ -58,6 +58,7 @@ macro_rules! workloads {
 fn groups() -> Vec<&'static [Workload]> {
     vec![
         workloads!(tree: sessions, zombies, orphans, dead_group_leader, deep_tree, prefork, stopped_child),
+        workloads!(tree: stopped_child_pending),
         workloads!(threads: threads, thread_tls, thread_exit, robust_list, rseq_registered),
         registers::WORKLOADS,
         workloads!(restart: restart_nanosleep, restart_clock_nanosleep, restart_clock_nanosleep_absolute, restart_poll),

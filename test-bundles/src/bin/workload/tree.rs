@@ -1,7 +1,7 @@
 //! Process trees: sessions, groups, zombies, orphans (setsid(2), setpgid(2), wait(2)).
 
 use crate::room::{Check, Child, Room, ask_all, fork};
-use crate::sys::{Fault, Verdict, ensure, raw, same, sys, text, wait_for, zeroed};
+use crate::sys::{Fault, Verdict, ensure, raw, same, status_field, sys, text, wait_for, zeroed};
 
 /// A process's place in the tree.
 #[derive(Debug, PartialEq)]
@@ -198,5 +198,54 @@ pub fn stopped_child(room: &Room) -> Result<Check, Fault> {
         child.ask()?;
         sys!(kill(child.pid, libc::SIGSTOP))?;
         wait_for("the child to stop again", || is_stopped(child.pid))
+    }))
+}
+
+/// A child of three threads that SIGSTOP has stopped, and for which more signals wait that would stop it: for the whole process
+/// and for one of its threads. The one that continues it takes all of them back, so that it must not stop again.
+pub fn stopped_child_pending(room: &Room) -> Result<Check, Fault> {
+    const WAITS: u64 = 1 << (libc::SIGTSTP - 1) | 1 << (libc::SIGTTOU - 1);
+    let child = room.child("stopped", |_| {
+        for _ in 0..2 {
+            std::thread::spawn(|| {
+                loop {
+                    std::thread::park();
+                }
+            });
+        }
+        stays_here(true)
+    })?;
+    let pid = child.pid;
+    let threads = move || -> Result<Vec<i32>, Fault> {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).map_err(|error| error.to_string())?;
+        Ok(tasks.flatten().filter_map(|task| task.file_name().to_string_lossy().parse().ok()).collect())
+    };
+    let is_stopped = move || {
+        let stopped = |tid: &i32| text(format!("/proc/{pid}/task/{tid}/stat")).is_ok_and(|stat| stat.contains(") T "));
+        threads().is_ok_and(|threads| threads.len() == 3 && threads.iter().all(stopped))
+    };
+    let waiting = move || -> Result<u64, Fault> {
+        let field = status_field(&pid.to_string(), "ShdPnd")?;
+        u64::from_str_radix(field.trim(), 16).map_err(|error| error.to_string())
+    };
+    let stop = move || -> Verdict {
+        sys!(kill(pid, libc::SIGSTOP))?;
+        wait_for("every thread of the child to stop", is_stopped)?;
+        for signal in [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTOU] {
+            sys!(kill(pid, signal))?;
+        }
+        for tid in threads()? {
+            raw!(SYS_tgkill, pid, tid, libc::SIGSTOP)?;
+        }
+        Ok(())
+    };
+    stop()?;
+    Ok(Box::new(move || {
+        ensure!(is_stopped(), "a thread of the stopped child is not stopped");
+        same!("stopping signals that wait", waiting()? & WAITS, WAITS);
+        sys!(kill(pid, libc::SIGCONT))?;
+        child.ask()?;
+        same!("stopping signals that wait after SIGCONT", waiting()? & WAITS, 0);
+        stop()
     }))
 }
