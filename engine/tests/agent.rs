@@ -56,6 +56,31 @@ fn runs_a_batch_and_leaves_no_trace() {
 }
 
 #[test]
+fn a_stop_that_comes_meanwhile_is_taken_later() {
+    let (_sleeper, pid) = Sleeper::start();
+    ptrace::seize(pid, 0).expect("seize");
+    ptrace::interrupt(pid).expect("interrupt");
+    assert_eq!(ptrace::wait_stop(pid), Ok(ptrace::Stop::Interrupted));
+    let context = Context::collect(pid).expect("context");
+    let at = find_syscall_instruction(pid, [vdso(pid)]).expect("a syscall instruction");
+    let nix_pid = nix::unistd::Pid::from_raw(pid.0);
+    nix::sys::signal::kill(nix_pid, nix::sys::signal::Signal::SIGSTOP).expect("kill");
+    let mut list = RobustList::install(NODE).expect("robust list");
+    let injected = Injected::new(pid, &context, at, 0, &mut list, Overseer::default()).expect("inject");
+    let answers = injected.leader().call(libc::SYS_getpid, &[]).expect("a call");
+    assert_eq!(answers, pid.0 as u64);
+    injected.leave().expect("leave");
+    list.clear();
+    assert_eq!(ptrace::pending_signals(pid, true).expect("queue").len(), 1, "the SIGSTOP waits again");
+    ptrace::detach(pid, 0).expect("detach");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while !std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat").contains(") T ") {
+        assert!(std::time::Instant::now() < deadline, "it does not stop");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
+#[test]
 fn the_task_runs_on_when_the_tracing_thread_dies() {
     let (_sleeper, pid) = Sleeper::start();
     // The thread ends while the runner waits for work; the kernel wakes the runner through the robust list.

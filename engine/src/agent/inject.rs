@@ -12,10 +12,13 @@
 //! Stops at the entry and exit of the call are used, not single steps: a step ends in a SIGTRAP, which would reset
 //! the task's own action for that signal if it were blocked or ignored.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::slice;
 
 use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::arch::{self, Registers};
 use super::landing::Foothold;
@@ -160,16 +163,17 @@ fn call_parked(
     tid: HostPid,
     foothold: Foothold,
     (number, arguments): (i64, [u64; 6]),
+    withheld: &Withheld,
     entered: impl FnOnce(),
     done: impl FnOnce(u64),
 ) -> Result<u64, AgentError> {
     let failed = |step| move |errno| AgentError::Inject { tid, step, errno };
-    to_next_edge(tid).map_err(failed("run a system call in it"))?;
+    to_next_edge(tid, withheld).map_err(failed("run a system call in it"))?;
     let entry = ptrace::registers(tid).map_err(failed("read its registers"))?;
     ptrace::set_registers(tid, &arch::call_registers(&entry, number, arguments, foothold.landing))
         .map_err(failed("set its registers"))?;
     entered();
-    to_next_edge(tid).map_err(failed("run a system call in it"))?;
+    to_next_edge(tid, withheld).map_err(failed("run a system call in it"))?;
     let after = ptrace::registers(tid).map_err(failed("read a system call's result"))?;
     let result = arch::call_result(&after);
     if result >= 0 {
@@ -183,13 +187,26 @@ fn call_parked(
     }
 }
 
+/// Whether a SIGSTOP was taken off a queue, which no mask holds back. It must not stop the process now, and not be lost either.
+#[derive(Default)]
+struct Withheld(Cell<bool>);
+
+impl Withheld {
+    /// Sends it to the process of `leader` again, once for all: they say no more than one does.
+    fn give_back(&self, leader: HostPid) -> nix::Result<()> {
+        if self.0.take() { kill(Pid::from_raw(leader.0), Signal::SIGSTOP) } else { Ok(()) }
+    }
+}
+
 /// Lets a thread run to the entry or the exit of its system call.
-fn to_next_edge(tid: HostPid) -> nix::Result<()> {
+fn to_next_edge(tid: HostPid, withheld: &Withheld) -> nix::Result<()> {
     loop {
         ptrace::continue_to_syscall(tid)?;
-        // A task that SIGSTOP had stopped owes us one more stop, for our interrupt, before it gets to the call.
-        if ptrace::wait_stop(tid)? == ptrace::Stop::Syscall {
-            return Ok(());
+        match ptrace::wait_stop(tid)? {
+            ptrace::Stop::Syscall => return Ok(()),
+            ptrace::Stop::Signal(libc::SIGSTOP) => withheld.0.set(true),
+            // A task that SIGSTOP had stopped owes us one more stop, for our interrupt, before it gets to the call.
+            _ => {}
         }
     }
 }
@@ -204,8 +221,11 @@ pub fn call_once(
     number: i64,
     arguments: [u64; 6],
 ) -> Result<u64, AgentError> {
+    let withheld = Withheld::default();
     park(tid, base, syscall_at)?;
-    call_parked(tid, syscall_at.into(), (number, arguments), || (), |_| ())
+    let result = call_parked(tid, syscall_at.into(), (number, arguments), &withheld, || (), |_| ());
+    withheld.give_back(tid).map_err(|errno| AgentError::Inject { tid, step: "give back its SIGSTOP", errno })?;
+    result
 }
 
 /// The agents of one process: the leader's, and those of other threads where they were needed.
@@ -219,6 +239,7 @@ pub struct Injected<'a> {
     mapped: Option<std::ops::Range<u64>>,
     area: Option<Area>,
     note: Option<Place>,
+    withheld: Withheld,
 }
 
 impl<'a> Injected<'a> {
@@ -238,7 +259,16 @@ impl<'a> Injected<'a> {
         let foothold = foothold.into();
         let note = overseer.journal.and_then(|journal| journal.area(leader, len, foothold));
         let taken = vec![Taken::take(leader, context, &overseer)];
-        let mut injected = Self { overseer, foothold, taken, runners: Vec::new(), mapped: None, area: None, note };
+        let mut injected = Self {
+            overseer,
+            foothold,
+            taken,
+            runners: Vec::new(),
+            mapped: None,
+            area: None,
+            note,
+            withheld: Withheld::default(),
+        };
         match injected.set_up(len, list) {
             Ok(()) => Ok(injected),
             Err(error) => {
@@ -264,7 +294,7 @@ impl<'a> Injected<'a> {
                 journal.mapped(note, start);
             }
         };
-        let called = call_parked(tid, self.foothold, (libc::SYS_mmap, arguments), entered, noted);
+        let called = call_parked(tid, self.foothold, (libc::SYS_mmap, arguments), &self.withheld, entered, noted);
         let start = called.map_err(|error| match error {
             AgentError::Call { errno: Errno::EACCES | Errno::EPERM, .. } => AgentError::MemoryDenied { tid },
             error => error,
@@ -307,11 +337,11 @@ impl<'a> Injected<'a> {
         // In this order: with the runner's registers a thread is safe, whatever its mask.
         ptrace::set_registers(tid, &registers).map_err(failed("set its registers"))?;
         ptrace::set_signal_mask(tid, u64::MAX).map_err(failed("block its signals"))?;
-        // No mask holds back a SIGSTOP that waits for this thread alone: its stop would keep the runner from its work. In a stopped
-        // process it says nothing more, and SIGCONT would take it back. The runner's first call is the one that waits for work.
+        // No mask holds back a SIGSTOP that waits for this thread alone: its stop would keep the runner from its work. The runner's
+        // first call is the one that waits for work.
         let queue = ptrace::pending_signals(tid, false).map_err(failed("read its pending signals"))?;
         if queue.iter().any(|info| signal_of(info) == libc::SIGSTOP) {
-            to_next_edge(tid).map_err(failed("start the agent in it"))?;
+            to_next_edge(tid, &self.withheld).map_err(failed("start the agent in it"))?;
         }
         ptrace::cont(tid).map_err(failed("start the agent in it"))?;
         self.runners.push(Runner::new(tid, slot));
@@ -376,6 +406,9 @@ impl<'a> Injected<'a> {
         if let Some((journal, area)) = self.overseer.journal.zip(self.note) {
             journal.forget(area);
         }
+        let tid = leader.tid;
+        let given = self.withheld.give_back(tid);
+        note(given.map_err(|errno| AgentError::Inject { tid, step: "give back its SIGSTOP", errno }));
         first
     }
 
@@ -386,7 +419,7 @@ impl<'a> Injected<'a> {
         let mut passed = (self.overseer.pass)(DumpStep::Unmap);
         let arguments = [range.start, range.end - range.start, 0, 0, 0, 0];
         let entered = || passed = passed.and((self.overseer.pass)(DumpStep::Unmapping));
-        call_parked(leader.tid, self.foothold, (libc::SYS_munmap, arguments), entered, |_| ())?;
+        call_parked(leader.tid, self.foothold, (libc::SYS_munmap, arguments), &self.withheld, entered, |_| ())?;
         Ok(passed?)
     }
 }
