@@ -14,6 +14,7 @@
 //! is answered, and how, [`Command`] says. Both ends are hostile input to each other: what is decoded here lies within memory as x86-64
 //! has it, and counts no more pages than that.
 
+use std::fmt;
 use std::io::{self, Read};
 use std::ops::Range;
 
@@ -50,6 +51,15 @@ pub enum Object {
     Process(u32),
     /// A shared memory object, by its id, of at most 56 bits.
     Shared(u64),
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process(pid) => write!(f, "process {pid}"),
+            Self::Shared(id) => write!(f, "shared memory {id}"),
+        }
+    }
 }
 
 impl Object {

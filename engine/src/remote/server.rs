@@ -31,7 +31,7 @@ pub enum ReceiveError {
     #[error("whoever connected asks for pages, but this server only takes them")]
     Asked,
     /// Pages of something that was not named before.
-    #[error("pages of {object:?} come before it is opened: the dump's data is damaged; nothing is kept")]
+    #[error("pages of {object} come before it is opened: the dump's data is damaged; nothing is kept")]
     NotOpen { object: Object },
     /// An object twice.
     #[error(

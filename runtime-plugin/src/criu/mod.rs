@@ -182,15 +182,18 @@ fn exec(command: &[OsString]) -> Outcome {
     Err(Failure::from(error).context(format!("the tree runs, but {} cannot be started", program.to_string_lossy())))
 }
 
+/// The log file that `-o` names.
+fn log_path(options: &Options) -> Option<PathBuf> {
+    let mut file = options.log_file.clone()?;
+    if options.log_pid {
+        file.as_mut_os_string().push(format!(".{}", std::process::id()));
+    }
+    Some(work_dir(options).join(file))
+}
+
 /// Sends the log where `-o` says: into the work folder, which is the image folder unless given.
 fn install_log(options: &Options) -> Result<(), Failure> {
-    let file = options.log_file.as_ref().map(|file| {
-        let mut file = file.clone();
-        if options.log_pid {
-            file.as_mut_os_string().push(format!(".{}", std::process::id()));
-        }
-        work_dir(options).join(file)
-    });
+    let file = log_path(options);
     log::install(file.as_deref(), options.log_level()).map_err(|error| {
         let path = file.unwrap_or_default();
         Failure::new(format!("cannot create the log file {}: {error}", path.display()))

@@ -18,7 +18,7 @@ use ferry_engine::remote::store::PageStore;
 use ferry_engine::sys::descriptor;
 
 use super::options::Options;
-use super::{begin, images_dir, install_log, ready, remote};
+use super::{begin, images_dir, install_log, log_path, ready, remote};
 use crate::failure::{Failure, Outcome};
 use crate::guard::{self, Worker};
 use crate::previous;
@@ -79,7 +79,7 @@ pub fn run(options: &Options) -> Outcome {
     }
     // CRIU's short option for the background is the one of a restore.
     if options.daemon || options.restore_detached {
-        let log = options.log_file.as_ref().map(|file| File::options().append(true).open(file)).transpose()?;
+        let log = log_path(&options).map(|path| File::options().append(true).open(path)).transpose()?;
         let child = into_background(&options, door, &folder, link.as_deref(), log)?;
         ready(&options, child.id())?;
         return Ok(ExitCode::SUCCESS);

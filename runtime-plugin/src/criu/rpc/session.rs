@@ -4,6 +4,7 @@
 //! only ask; with any other the connection is closed without an answer, as CRIU does. Statuses of the process are CRIU's too.
 
 use std::fs::{File, OpenOptions};
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -241,7 +242,12 @@ impl Session {
         let door = Door::open(options)?;
         let port = door.port()?;
         let log = self.log_file(&prepared)?;
+        let status = asked.status_fd.filter(|number| *number >= 0);
+        let status = status.map(|number| self.peer.descriptor("status_fd", number)).transpose()?;
         let child = page_server::into_background(options, door, &folder, link.as_deref(), log)?;
+        if let Some(status) = status {
+            File::from(status).write_all(&[0]).map_err(|error| Failure::from(error).context("status_fd"))?;
+        }
         let told = PageServer {
             pid: i32::try_from(child.id()).ok(),
             port: (port > 0).then(|| port.into()),
