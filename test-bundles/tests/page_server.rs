@@ -276,7 +276,12 @@ fn a_broken_connection_harms_nothing() -> Outcome {
         let start = Instant::now();
         let failed = engine.dump(&place, victim.workload.pid, &images, &words(&options));
         fails_with(case, failed, word)?;
-        expect("it took its time", start.elapsed() < Duration::from_secs(8), true)?;
+        let took = start.elapsed();
+        // Without the limit a silent server is waited for half a minute; a machine that has other work may take some seconds.
+        if took > Duration::from_secs(25) {
+            let told = fs::read_to_string(images.join("dump.log")).unwrap_or_default();
+            return Err(format!("{case}: the dump took {took:?}: {told}"));
+        }
         drop(server.map(std::thread::JoinHandle::join));
         expect("images that are left", files(&images), Vec::new())?;
         victim.alone().map_err(|error| format!("{case}: {error}"))?;

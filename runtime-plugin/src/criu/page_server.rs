@@ -124,6 +124,14 @@ fn continue_in_background(options: &Options) -> Outcome {
 /// Takes what one dump sends.
 fn serve(door: Door, folder: &OwnedFd, link: Option<PathBuf>, worker: &Worker) -> Outcome {
     let cancel = worker.cancel.clone();
+    let mut connection = match door {
+        Door::Connected(socket) => Connection::from_dump(socket, "the other end of --ps-socket".to_owned(), cancel),
+        Door::Listens(listener) => listener
+            .accept(cancel)
+            .map_err(|error| Failure::from(error).context("no dump has connected to the page server"))?,
+    };
+    tracing::info!("a dump has connected from {}", connection.peer());
+    // A dump into the same folder may have made the link by now.
     let parent: Option<Box<dyn Source>> = match &link {
         Some(link) => Some(Box::new(FolderSource::new(parent::follow(folder, link)?))),
         None => FolderSource::new(folder.try_clone()?).parent()?,
@@ -132,13 +140,6 @@ fn serve(door: Door, folder: &OwnedFd, link: Option<PathBuf>, worker: &Worker) -
     // The watcher has the folder open too, and by the same number.
     let path = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
     let mut store = PageStore::new(folder, parent).with_link(link).noted_in(worker.journal.clone(), path);
-    let mut connection = match door {
-        Door::Connected(socket) => Connection::from_dump(socket, "the other end of --ps-socket".to_owned(), cancel),
-        Door::Listens(listener) => listener
-            .accept(cancel)
-            .map_err(|error| Failure::from(error).context("no dump has connected to the page server"))?,
-    };
-    tracing::info!("a dump has connected from {}", connection.peer());
     receive(&mut connection, &mut store)
         .map_err(|error| Failure::from(error).context(format!("the page server, for {}", connection.peer())))?;
     let (objects, pages) = store.received();
