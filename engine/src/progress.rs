@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cancel::Cancel;
 use crate::dump::{DumpOptions, Dumped};
+use crate::images::pagemap::PagemapEntry;
 use crate::images::{Content, Manifest, Sink, SinkError};
 
 /// How images of pages are called, before their number.
@@ -76,6 +77,17 @@ impl Sink for Metered<'_> {
     fn put_raw(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError> {
         let (progress, cancel) = (name.starts_with(PAGES).then_some(self.progress), self.cancel);
         self.sink.put_raw(name, &MeteredContent { content, progress, cancel })
+    }
+
+    fn put_pages(
+        &mut self,
+        pagemap: &str,
+        number: u32,
+        entries: &[PagemapEntry],
+        pages: &dyn Content,
+    ) -> Result<(), SinkError> {
+        let pages = MeteredContent { content: pages, progress: Some(self.progress), cancel: self.cancel };
+        self.sink.put_pages(pagemap, number, entries, &pages)
     }
 
     fn put_beside(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError> {

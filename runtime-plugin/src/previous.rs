@@ -3,6 +3,7 @@
 //! A restore follows their link only to a folder within the image folder or beside it, so nothing else is dumped with.
 
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,14 +19,32 @@ use crate::failure::Failure;
 /// # Errors
 /// When there are none, or a restore would not find them.
 pub fn take(folder: &Path, previous: &Path, options: &mut DumpOptions) -> Result<PathBuf, Failure> {
-    let named = |failure: Failure| failure.context(format!("the previous images, {}", previous.display()));
-    let opened = File::open(folder).map_err(|error| named(error.into()))?;
-    let link = link_to(folder, previous).map_err(named)?;
-    let source = FolderSource::new(parent::follow(&opened, &link).map_err(|error| named(error.into()))?);
+    let named = |failure: Failure| failure.context(told(previous));
+    let (link, opened) = follow(folder, previous).map_err(named)?;
+    let source = FolderSource::new(opened);
     let images = ImageSet::open(Box::new(source)).map_err(|error| named(error.into()))?;
     options.parent = Some(Arc::new(ParentMemory::open(&images).map_err(|error| named(error.into()))?));
     options.track_memory = true;
     Ok(link)
+}
+
+/// The text of a link in `folder` to the earlier images in `previous`, which are there.
+///
+/// # Errors
+/// As [`take`].
+pub fn link(folder: &Path, previous: &Path) -> Result<PathBuf, Failure> {
+    follow(folder, previous).map(|(link, _)| link).map_err(|failure| failure.context(told(previous)))
+}
+
+fn told(previous: &Path) -> String {
+    format!("the previous images, {}", previous.display())
+}
+
+fn follow(folder: &Path, previous: &Path) -> Result<(PathBuf, OwnedFd), Failure> {
+    let opened = File::open(folder)?;
+    let link = link_to(folder, previous)?;
+    let target = parent::follow(&opened, &link)?;
+    Ok((link, target))
 }
 
 /// How a link in `folder` names the folder of previous images: as the caller did, or by the short way where that leads round.

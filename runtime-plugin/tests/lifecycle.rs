@@ -294,7 +294,7 @@ fn bad_input_gets_one_sentence() {
         (&["checkpoint", "x"], "container x does not exist"),
         (
             &["checkpoint", "--lazy-pages", "--page-server", "host:1", "x"],
-            "--lazy-pages, --page-server of checkpoint are not supported yet",
+            "--lazy-pages of checkpoint is not supported yet",
         ),
     ] {
         let told = fixture.fails(args, 1);

@@ -26,6 +26,7 @@ pub mod kind {
     pub const FEATURE_CHECK: u64 = 9;
     pub const VERSION: u64 = 10;
     pub const WAIT_PID: u64 = 11;
+    pub const PAGE_SERVER_CHLD: u64 = 12;
     pub const SINGLE_PRE_DUMP: u64 = 13;
 }
 

@@ -1,7 +1,7 @@
 //! runc checkpoints and restores its containers with ferry as the only `criu`, and so does ferry in runc's place, by the same command line.
 
 use ferry_test_bundles::service::Service;
-use ferry_test_bundles::{Bundle, Container, Outcome, Place, processes, programs};
+use ferry_test_bundles::{Bundle, Container, Engine, Outcome, Place, processes, programs};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -120,7 +120,8 @@ with_both_runtimes!(
     options_of_the_user,
     what_is_refused_is_told,
     every_reason_is_told,
-    pre_dump
+    pre_dump,
+    page_server
 );
 
 /// A root file system that the program may write to.
@@ -142,6 +143,31 @@ fn checkpoint_and_restore(runtime: &Path) -> Outcome {
         }
         std::fs::remove_dir_all(&of_runc.images).map_err(|error| format!("images: {error}"))?;
     }
+    of_runc.end()
+}
+
+/// The memory goes to a page server, and the rest to the image folder; what the server wrote is brought there before the restore.
+fn page_server(runtime: &Path) -> Outcome {
+    let place = Place::new()?;
+    let of_runc = OfRunc::run(&place, runtime, writable)?;
+    let folder = place.folder("server")?;
+    let mut command = Engine::ferry()?.command(&place, "page-server", &folder, "server.log");
+    let output = programs::succeed(command.args(["--address", "127.0.0.1", "--daemon"]))?;
+    let address = output.trim().strip_prefix("Listening at ").ok_or(format!("the server said {output:?}"))?;
+    of_runc.checkpoint(&["--page-server", address])?;
+    // Its end is awaited: the server is an orphan, and so a child of this process.
+    processes::wait_for("the page server to end", || {
+        processes::reap();
+        processes::below().is_empty()
+    })?;
+    let written = std::fs::read_dir(&folder).map_err(|error| error.to_string())?.flatten();
+    for name in written.map(|file| file.file_name()).filter(|name| name.to_string_lossy().ends_with(".img")) {
+        if of_runc.images.join(&name).exists() {
+            return Err(format!("both folders have {}", name.display()));
+        }
+        std::fs::copy(folder.join(&name), of_runc.images.join(&name)).map_err(|error| error.to_string())?;
+    }
+    of_runc.restore(&[])?;
     of_runc.end()
 }
 

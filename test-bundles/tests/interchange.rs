@@ -116,6 +116,53 @@ fn criu_restores_what_ferry_pre_dumped() -> Outcome {
     Ok(())
 }
 
+/// Pages go from one engine's dump to the other's page server, and each engine restores from what both wrote.
+#[test]
+#[ignore = "needs CRIU 4.x: set CRIU to its path"]
+fn pages_go_to_each_others_server() -> Outcome {
+    let engine = |of_criu| {
+        if of_criu { Engine::command_line(&from_environment("CRIU")?) } else { Engine::ferry() }
+    };
+    for (dumper, server, restorer) in
+        [(true, false, false), (true, false, true), (false, true, false), (false, true, true)]
+    {
+        for name in ["page_content_mix", "anonymous_shared", "shared_between_relatives"] {
+            through_server([engine(dumper)?, engine(server)?, engine(restorer)?], name).map_err(|error| {
+                format!("{name}, CRIU dumps {dumper}, serves {server}, restores {restorer}: {error}")
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn through_server([dumper, server, restorer]: [Engine; 3], name: &str) -> Outcome {
+    let place = Place::new()?;
+    let mut workload = Workload::start(&place, name)?;
+    let (images, there, tree) = (workload.images()?, place.folder("server")?, processes::tree(workload.pid));
+    // CRIU tells nobody which port it found. One that was free a moment ago most likely still is.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
+    let port = free.map_err(|error| error.to_string())?.port().to_string();
+    let address = ["--address", "127.0.0.1", "--port", &port];
+    // Both have begun to listen when they are in the background.
+    let mut command = server.command(&place, "page-server", &there, "server.log");
+    let null = std::process::Stdio::null;
+    programs::succeed(command.args(address).arg("--daemon").stdout(null()).stderr(null()))?;
+    dumper.dump(&place, workload.pid, &images, &[&address[..], &["--page-server"]].concat())?;
+    processes::await_end(&tree)?;
+    processes::wait_for("the server to end", || {
+        processes::reap();
+        processes::below().is_empty()
+    })?;
+    for file in std::fs::read_dir(&there).map_err(|error| error.to_string())?.flatten() {
+        if file.file_name().to_string_lossy().ends_with(".img") {
+            std::fs::copy(file.path(), images.join(file.file_name())).map_err(|error| error.to_string())?;
+        }
+    }
+    restorer.restore(&place, &images, &[])?;
+    workload.ask()?;
+    workload.end()
+}
+
 #[test]
 #[ignore = "needs crit of CRIU 4.x: set CRIT to its path"]
 fn crit_decodes_every_image() -> Outcome {

@@ -107,6 +107,7 @@ fn an_id_that_is_taken() -> Outcome {
 fn flags_that_come_later_are_refused_by_name() -> Outcome {
     let place = Place::new()?;
     let (_, container) = sleeper(&place)?;
+    // The memory goes to a page server only from a folder, which is not given here.
     for flags in [&["--lazy-pages"][..], &["--page-server", "127.0.0.1:9"]] {
         refusal(container.command("checkpoint").args(flags).arg(&container.id), &[flags[0]])
             .map_err(|error| format!("{}: {error}", flags[0]))?;

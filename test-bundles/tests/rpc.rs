@@ -79,7 +79,7 @@ fn what_is_missing_is_named() -> Outcome {
     for (request, answer, status, words) in [
         (kind::SINGLE_PRE_DUMP, kind::SINGLE_PRE_DUMP, 255, "names no images folder"),
         (kind::PRE_DUMP, kind::PRE_DUMP, 255, "names no images folder"),
-        (kind::PAGE_SERVER, kind::PAGE_SERVER, 0, "page server"),
+        (kind::PAGE_SERVER, kind::PAGE_SERVER, 0, "names no images folder"),
         (kind::WAIT_PID, kind::WAIT_PID, 0, "no such child"),
     ] {
         let (told, _, ended) = Worker::ask(&Message::request(request), |_| true)?;

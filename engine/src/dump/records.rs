@@ -9,11 +9,11 @@ use crate::files::FilesDump;
 use crate::images::ids::TaskKobjIdsEntry;
 use crate::images::inventory::{InventoryEntry, LsmType, PluginsEntry};
 use crate::images::kind::{IMG_VERSION, Kind};
-use crate::images::pagemap::{PagemapEntry, PagemapHead};
+use crate::images::pagemap::PagemapEntry;
 use crate::images::pstree::PstreeEntry;
 use crate::images::set::PARENT_OPTION;
 use crate::images::stats::{DumpStatsEntry, StatsEntry};
-use crate::images::{Content, Encoder, Manifest, Sink, encode};
+use crate::images::{Content, Manifest, Sink, encode};
 use crate::sys::PAGE_SIZE;
 use crate::{cgroups, cpuinfo};
 
@@ -32,14 +32,7 @@ pub fn save_pages(
     entries: &[PagemapEntry],
     pages: &dyn Content,
 ) -> Result<(), DumpError> {
-    let mut image = Encoder::new(Kind::Pagemap);
-    image.entry(&PagemapHead { pages_id: number });
-    for entry in entries {
-        image.entry(entry);
-    }
-    sink.put(pagemap, &image.finish())?;
-    sink.put_raw(&Kind::Pages.name_for(number), pages)?;
-    Ok(())
+    Ok(sink.put_pages(pagemap, number, entries, pages)?)
 }
 
 /// Writes every record, and at last the manifest. `frozen` is what keeps the tree frozen, if it still is.

@@ -80,7 +80,7 @@ pub(super) fn copy_into_file(
 
 /// Copies `content` to `writer` from its beginning to its end. When it is large, a second thread reads and digests the next chunks
 /// while this one writes.
-pub(super) fn copy_in_order(
+pub(crate) fn copy_in_order(
     name: &str,
     content: &dyn Content,
     writer: &mut dyn Write,

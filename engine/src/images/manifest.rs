@@ -8,11 +8,14 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::digest::{ChunkDigests, chunk_count, sha256};
+use super::elsewhere::PagesElsewhere;
 
 /// Name of the file.
 pub const MANIFEST_NAME: &str = "ferry.json";
-/// Version of the manifest's format and of ferry's additions to the image set that this crate writes. Sets of older versions are read.
-pub const FORMAT_VERSION: u32 = 1;
+/// Version of the manifest's format and of ferry's additions to the image set, up to which this crate reads.
+pub const FORMAT_VERSION: u32 = 2;
+/// The version of sets that hold all of their pages. Others have [`FORMAT_VERSION`], since older versions would not look for them.
+const FORMAT_WITH_PAGES: u32 = 1;
 
 /// Length and digest of one image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +63,9 @@ pub struct Manifest {
     /// Every image of the set, by name. Filled in by the sink.
     #[serde(default)]
     pub images: BTreeMap<String, ImageDigest>,
+    /// Pagemaps whose pages were sent to a page server, by their image's name; its folder has both images. Filled in by the sink.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub elsewhere: BTreeMap<String, PagesElsewhere>,
     /// Archive members beside the images, by name, as far as they were written before the manifest. Filled in by the sink.
     #[serde(default)]
     pub members: BTreeMap<String, ImageDigest>,
@@ -95,7 +101,7 @@ impl Manifest {
     /// A manifest of this version of ferry, for this machine, without images.
     pub fn new(kernel: impl Into<String>, page_size: u32) -> Self {
         Self {
-            format: FORMAT_VERSION,
+            format: FORMAT_WITH_PAGES,
             ferry: env!("CARGO_PKG_VERSION").to_owned(),
             architecture: std::env::consts::ARCH.to_owned(),
             kernel: kernel.into(),
@@ -104,8 +110,15 @@ impl Manifest {
             vdso: None,
             options: serde_json::Map::new(),
             images: BTreeMap::new(),
+            elsewhere: BTreeMap::new(),
             members: BTreeMap::new(),
         }
+    }
+
+    /// Says of which pages a page server has.
+    pub fn set_elsewhere(&mut self, pages: BTreeMap<String, PagesElsewhere>) {
+        self.format = if pages.is_empty() { FORMAT_WITH_PAGES } else { FORMAT_VERSION };
+        self.elsewhere = pages;
     }
 
     /// The file's content: indented JSON whose last member is the digest of all before it.
@@ -154,7 +167,8 @@ impl Manifest {
             Digest::Sha256(digest) => digest.len() == 64,
             Digest::Chunks(digests) => digests.count() == chunk_count(image.length),
         };
-        if manifest.images.values().chain(manifest.members.values()).all(whole) {
+        let elsewhere = manifest.elsewhere.values().map(|sent| &sent.pages);
+        if manifest.images.values().chain(manifest.members.values()).chain(elsewhere).all(whole) {
             Ok(manifest)
         } else {
             Err(ManifestError::Damaged)
@@ -215,9 +229,9 @@ mod tests {
     #[test]
     fn newer_and_foreign_sets_are_named_so() {
         let mut newer = manifest();
-        newer.format += 1;
+        newer.format = FORMAT_VERSION + 1;
         let error = Manifest::from_bytes(&newer.to_bytes().unwrap()).unwrap_err();
-        assert!(matches!(error, ManifestError::Newer { found: 2, .. }), "{error}");
+        assert!(matches!(error, ManifestError::Newer { found: 3, .. }), "{error}");
         let mut foreign = manifest();
         foreign.architecture = "s390x".into();
         let foreign = Manifest::from_bytes(&foreign.to_bytes().unwrap()).unwrap();

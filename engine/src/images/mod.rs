@@ -7,7 +7,7 @@
 //! - [`source`]: where a restore reads from: the same two; [`set`] verifies and decodes; [`parent`]: where pages are that an incremental
 //!   dump left out;
 //! - [`layout`]: which messages make up each kind;
-//! - [`digest`], [`manifest`]: `ferry.json`, by which damage is noticed.
+//! - [`digest`], [`manifest`]: `ferry.json`, by which damage is noticed; [`elsewhere`]: what it says of pages that a page server has.
 //!
 //! An image is one or two magic words, then entries: a length of 32 bits (little-endian, as every machine that CRIU
 //! supports here), the protobuf message, and for some kinds a tail of plain bytes whose length the message says.
@@ -15,8 +15,9 @@
 
 pub mod archive;
 pub mod content;
-mod copy;
+pub(crate) mod copy;
 pub mod digest;
+pub mod elsewhere;
 pub mod folder;
 pub mod frame;
 pub mod kind;

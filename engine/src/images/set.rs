@@ -1,12 +1,15 @@
 //! An image set as a restore reads it: found, verified, and only then decoded.
 
+use std::ops::Range;
+
 use prost::Message;
 
 use super::digest::sha256;
 use super::frame::{decode_all, decode_one};
 use super::kind::{ImageName, Kind};
 use super::layout::first_unknown;
-use super::manifest::{Digest, ImageDigest, MANIFEST_NAME, Manifest};
+use super::manifest::{Digest, ImageDigest, MANIFEST_NAME, Manifest, ManifestError};
+use super::pagemap::PagemapEntry;
 use super::parent::{MAX_CHAIN, PARENT_LINK};
 use super::source::{RawImage, RawRegion, Source, SourceError};
 
@@ -95,13 +98,58 @@ impl ImageSet {
         self.manifest.as_ref()
     }
 
+    /// The runs of a pagemap whose pages were sent to a page server, as far as its images are not here.
+    ///
+    /// # Errors
+    /// [`SourceError`].
+    pub fn absent(&self, pagemap: &str) -> Result<Option<Vec<Range<u64>>>, SourceError> {
+        let sent = self.manifest.as_ref().and_then(|manifest| manifest.elsewhere.get(pagemap));
+        let Some(sent) = sent else { return Ok(None) };
+        if self.source.find(pagemap)?.is_some() {
+            return Ok(None);
+        }
+        sent.ranges().map(Some).ok_or(SourceError::Manifest(ManifestError::Damaged))
+    }
+
+    /// The contents of the pages that the image `pagemap` lists as `entries`, in pages image `number`, with that image's name.
+    ///
+    /// # Errors
+    /// [`SourceError`], also if a page server's images are not those that it was to write.
+    pub fn pages_of(
+        &self,
+        pagemap: &str,
+        number: u32,
+        entries: &[PagemapEntry],
+    ) -> Result<(String, RawImage), SourceError> {
+        let name = Kind::Pages.name_for(number);
+        let missing = || SourceError::Absent { name: name.clone() };
+        let sent = self.manifest.as_ref().and_then(|manifest| manifest.elsewhere.get(pagemap));
+        let Some(sent) = sent else {
+            let pages = self.raw(&name)?.ok_or_else(missing)?;
+            return Ok((name, pages));
+        };
+        if !sent.lists(entries) {
+            return Err(SourceError::NotSent { name: pagemap.to_owned() });
+        }
+        let region = self.source.find(&name)?.ok_or_else(missing)?;
+        if region.len() != sent.pages.length {
+            return Err(SourceError::Length { name, found: region.len(), expected: sent.pages.length });
+        }
+        let pages = self.in_place(&name, region, Some(&sent.pages))?;
+        Ok((name, pages))
+    }
+
     /// Names of the images, in order. Without a manifest, of the files that are called as images are.
     ///
     /// # Errors
     /// [`SourceError`].
     pub fn names(&self) -> Result<Vec<String>, SourceError> {
         match &self.manifest {
-            Some(manifest) => Ok(manifest.images.keys().cloned().collect()),
+            Some(manifest) => {
+                let mut names: Vec<String> = manifest.images.keys().chain(manifest.elsewhere.keys()).cloned().collect();
+                names.sort_unstable();
+                Ok(names)
+            }
             None => Ok(self.source.names()?.into_iter().filter(|name| ImageName::parse(name).is_some()).collect()),
         }
     }
@@ -203,6 +251,10 @@ impl ImageSet {
         let digest = match &self.manifest {
             None => None,
             Some(manifest) => match manifest.images.get(name) {
+                None if manifest.elsewhere.contains_key(name) => {
+                    let absent = || SourceError::Elsewhere { name: name.to_owned() };
+                    return Ok(Some((self.source.find(name)?.ok_or_else(absent)?, None)));
+                }
                 None => return Ok(None),
                 listed => listed,
             },

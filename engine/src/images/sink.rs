@@ -7,7 +7,10 @@ use std::io;
 
 use super::content::Content;
 use super::digest::{ChunkDigests, sha256};
+use super::frame::Encoder;
+use super::kind::Kind;
 use super::manifest::{Digest, ImageDigest, Manifest, ManifestError};
+use super::pagemap::{PagemapEntry, PagemapHead};
 use crate::dump::Dumped;
 
 /// Takes the images of one dump.
@@ -25,6 +28,27 @@ pub trait Sink: Send {
     /// # Errors
     /// [`SinkError`]; the sink is then of no further use.
     fn put_raw(&mut self, name: &str, content: &dyn Content) -> Result<(), SinkError>;
+
+    /// Writes the pages of a process or shared object: the image `pagemap`, which lists them as `entries`, and their contents, as pages
+    /// image `number`.
+    ///
+    /// # Errors
+    /// [`SinkError`]; the sink is then of no further use.
+    fn put_pages(
+        &mut self,
+        pagemap: &str,
+        number: u32,
+        entries: &[PagemapEntry],
+        pages: &dyn Content,
+    ) -> Result<(), SinkError> {
+        let mut image = Encoder::new(Kind::Pagemap);
+        image.entry(&PagemapHead { pages_id: number });
+        for entry in entries {
+            image.entry(entry);
+        }
+        self.put(pagemap, &image.finish())?;
+        self.put_raw(&Kind::Pages.name_for(number), pages)
+    }
 
     /// Writes something that belongs to the checkpoint and is no image, beside the images. Only archives have room for it.
     ///
@@ -76,6 +100,15 @@ pub enum SinkError {
     /// The target does not take the bytes.
     #[error("cannot write image {name}: {source}")]
     Write { name: String, source: io::Error },
+    /// The page server is gone, or does not take the pages.
+    #[error("cannot send the pages of {name} to the page server at {peer}: {source}")]
+    PageServer { name: String, peer: String, source: io::Error },
+    /// The page server said that it could not.
+    #[error("the page server at {peer} could not write the pages that it was sent: its own log tells why")]
+    NotTaken { peer: String },
+    /// Pages were left to images that the page server does not have.
+    #[error("the page server at {peer} has no earlier images of {name}: start it with --prev-images-dir")]
+    NoParent { name: String, peer: String },
     /// The finished set could not be put where it belongs.
     #[error("the images are written, but the checkpoint cannot be completed: {problem}")]
     Seal { problem: String },
@@ -139,6 +172,6 @@ pub(super) fn record_digest(content: &[u8]) -> ImageDigest {
 }
 
 /// Length and digest of plain content.
-pub(super) fn chunked_digest(length: u64, digests: ChunkDigests) -> ImageDigest {
+pub(crate) fn chunked_digest(length: u64, digests: ChunkDigests) -> ImageDigest {
     ImageDigest { length, digest: Digest::Chunks(digests) }
 }

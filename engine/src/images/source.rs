@@ -219,6 +219,19 @@ pub enum SourceError {
     /// The manifest lists it, but there is none.
     #[error("image {name} is missing: {MANIFEST_NAME} lists it", MANIFEST_NAME = super::manifest::MANIFEST_NAME)]
     Missing { name: String },
+    /// A pages image that a pagemap names is not there.
+    #[error("image {name} is missing: the set is incomplete")]
+    Absent { name: String },
+    /// A page server has it.
+    #[error(
+        "image {name} is not here: its pages were sent to a page server; copy the images that it wrote beside these"
+    )]
+    Elsewhere { name: String },
+    /// A page server's image is another one's.
+    #[error(
+        "image {name} does not list the pages that were sent to the page server: it is damaged, or of another dump"
+    )]
+    NotSent { name: String },
     /// The images of an earlier dump, which hold some of the pages, cannot be had.
     #[error("the images are of an incremental dump: {problem}")]
     Parent { problem: String },

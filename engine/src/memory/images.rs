@@ -20,9 +20,6 @@ pub enum PageImagesError {
     /// An image is not accepted.
     #[error(transparent)]
     Images(#[from] SourceError),
-    /// A pages image that a pagemap names is not there.
-    #[error("image {name} is missing: the set is incomplete")]
-    Missing { name: String },
     /// A pagemap is damaged, or a parent lacks what it shall have.
     #[error("image {name}: {problem}")]
     Inconsistent { name: String, problem: String },
@@ -38,8 +35,7 @@ impl PageImages {
         for set in images.chain() {
             let Some(bytes) = set.bytes(name)? else { break };
             let (head, entries) = decode(name, kind, &bytes).map_err(SourceError::from)?;
-            let pages = Kind::Pages.name_for(head.pages_id);
-            let Some(content) = set.raw(&pages)? else { return Err(PageImagesError::Missing { name: pages }) };
+            let (pages, content) = set.pages_of(name, head.pages_id, &entries)?;
             let asks_parent = entries.iter().any(PagemapEntry::is_in_parent);
             pagemaps.push((entries, content.len()));
             contents.push((pages, content));

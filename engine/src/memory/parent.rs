@@ -23,6 +23,8 @@ pub struct ParentMemory {
     digest: Option<String>,
     private: HashMap<u64, PageImages>,
     shared: HashMap<u64, PageImages>,
+    /// What a page server has of processes, and is not here to be compared.
+    absent: HashMap<u64, Vec<Range<u64>>>,
 }
 
 impl std::fmt::Debug for ParentMemory {
@@ -38,7 +40,7 @@ impl ParentMemory {
     /// [`PageImagesError`], about any of them.
     pub fn open(images: &ImageSet) -> Result<Self, PageImagesError> {
         let digest = images.digest().map(str::to_owned);
-        let mut memory = Self { digest, private: HashMap::new(), shared: HashMap::new() };
+        let mut memory = Self { digest, private: HashMap::new(), shared: HashMap::new(), absent: HashMap::new() };
         for name in images.names()? {
             let (kind, number, of_kind) = match ImageName::parse(&name) {
                 Some(ImageName { kind: Kind::Pagemap, number: Some(number) }) => {
@@ -49,7 +51,11 @@ impl ParentMemory {
                 }
                 _ => continue,
             };
-            if let Some(pages) = PageImages::read(images, &name, kind)? {
+            if let Some(ranges) = images.absent(&name)? {
+                if kind == Kind::Pagemap {
+                    memory.absent.insert(number, ranges);
+                }
+            } else if let Some(pages) = PageImages::read(images, &name, kind)? {
                 of_kind.insert(number, pages);
             }
         }
@@ -63,9 +69,28 @@ impl ParentMemory {
 
     /// Those of `runs`, all of one process, that `unwritten` pages of it need not be saved of, since the images have them.
     pub fn has_of(&self, pid: NsPid, runs: &[Range<u64>], unwritten: &[Range<u64>]) -> Vec<Range<u64>> {
-        let Some(images) = self.private(pid) else { return Vec::new() };
-        let theirs: Vec<Range<u64>> = images.set.runs.iter().map(|run| run.range.clone()).collect();
+        let absent = u64::try_from(pid.0).ok().and_then(|pid| self.absent.get(&pid));
+        let here = || Some(self.private(pid)?.set.runs.iter().map(|run| run.range.clone()).collect());
+        let Some(theirs): Option<Vec<Range<u64>>> = absent.cloned().or_else(here) else { return Vec::new() };
         common(&common(runs, unwritten), &theirs)
+    }
+
+    /// Forgets the pages of which `has` does not say that a page server's images have them too, by the kind and number of their pagemap.
+    ///
+    /// # Errors
+    /// Those of `has`.
+    pub fn retain<E>(&mut self, mut has: impl FnMut(Kind, u64) -> Result<bool, E>) -> Result<(), E> {
+        fn retain<T, E>(all: &mut HashMap<u64, T>, mut has: impl FnMut(u64) -> Result<bool, E>) -> Result<(), E> {
+            for number in all.keys().copied().collect::<Vec<_>>() {
+                if !has(number)? {
+                    all.remove(&number);
+                }
+            }
+            Ok(())
+        }
+        retain(&mut self.private, |number| has(Kind::Pagemap, number))?;
+        retain(&mut self.absent, |number| has(Kind::Pagemap, number))?;
+        retain(&mut self.shared, |number| has(Kind::ShmemPagemap, number))
     }
 
     /// The private pages of the process that had this pid.

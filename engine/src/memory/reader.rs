@@ -211,12 +211,13 @@ impl Work {
     ) -> io::Result<Vec<Range<u64>>> {
         let process = Ids::read(pid)?.innermost();
         let left = match (self.keepers.unwritten(pid, mappings, parent.digest()), parent.private(process)) {
-            (_, None) => return Ok(Vec::new()),
-            (Some(unwritten), Some(_)) => {
+            (Some(unwritten), _) => {
                 let left = parent.has_of(process, runs.runs(), &unwritten);
                 tracing::debug!(%pid, pages = page_count(&left), "writes were tracked: pages are left to the parent unread");
                 left
             }
+            // Those that a page server has cannot be compared.
+            (None, None) => return Ok(Vec::new()),
             (None, Some(images)) => {
                 runs.find_shared(pid)?;
                 let pages = ProcessPages::open(pid, runs)?;

@@ -77,7 +77,6 @@ impl From<PageImagesError> for RestoreError {
     fn from(error: PageImagesError) -> Self {
         match error {
             PageImagesError::Images(source) => Self::Images(source),
-            PageImagesError::Missing { name } => Self::Missing { name },
             PageImagesError::Inconsistent { name, problem } => Self::Inconsistent { name, problem },
         }
     }

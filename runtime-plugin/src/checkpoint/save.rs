@@ -17,6 +17,7 @@ use serde_json::json;
 use super::layer::Layer;
 use super::{CheckpointArgs, Compression, Destination, Plan, Summary};
 use crate::archive::{Compressor, Counter, NewFile};
+use crate::criu::remote::{Server, send_to};
 use crate::failure::Failure;
 use crate::progress::Bar;
 use crate::state::Container;
@@ -110,9 +111,11 @@ fn into_folder(plan: &Plan, pid: i32, mut options: DumpOptions, folder: &Path) -
         // Whatever may fail comes before the container is ended.
         fs::write(&descriptors, stdio_json(pid)).map_err(cannot_write(&descriptors))?;
         let sink = FolderSink::open(folder, FolderOptions::default())?.with_parent(parent);
-        let mut sink = sink.noted_in(options.journal.clone(), folder);
+        let sink = sink.noted_in(options.journal.clone(), folder);
+        let server = plan.args.page_server.as_deref().map(Server::parse).transpose()?;
+        let mut sink = send_to(server, sink, &mut options)?;
         let save = if plan.args.pre_dump { pre_dump } else { dump };
-        let dumped = save(HostPid(pid), &mut sink, &options).map_err(explain)?;
+        let dumped = save(HostPid(pid), &mut *sink, &options).map_err(explain)?;
         let work = plan.work.as_deref().unwrap_or(folder);
         let stats = work.join("stats-dump");
         let written = fs::create_dir_all(work).and_then(|()| fs::write(&stats, dumped.stats_image()));

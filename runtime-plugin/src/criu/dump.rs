@@ -5,12 +5,13 @@ use std::time::Duration;
 use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump_telling, pre_dump};
 use ferry_engine::fault::Faults;
 use ferry_engine::freeze::FreezeError;
-use ferry_engine::images::{FolderOptions, FolderSink, Kind};
+use ferry_engine::images::{FolderOptions, FolderSink, Kind, Sink};
 use ferry_engine::procfs::Stat;
 use ferry_engine::sys::HostPid;
 
 use super::listen::{Client, Listeners};
 use super::options::Options;
+use super::remote::{self, Server};
 use super::{freezer, images_dir, outside, parse_size, stats, work_dir, write_new};
 use crate::failure::Failure;
 use crate::guard::Worker;
@@ -31,7 +32,7 @@ pub fn run(options: &Options, client: Option<&dyn Client>, worker: &Worker) -> R
         return Err(within_tree(pid));
     }
     let mut sink = begin(options, &mut dump_options, worker)?;
-    let dumped = dump_telling(HostPid(pid), &mut sink, &dump_options, &mut Listeners::new(options, client));
+    let dumped = dump_telling(HostPid(pid), &mut *sink, &dump_options, &mut Listeners::new(options, client));
     tell(options, &dumped.map_err(failure)?)?;
     tracing::info!("Dumping finished successfully");
     Ok(())
@@ -45,20 +46,22 @@ pub fn run_pre_dump(options: &Options, worker: &Worker) -> Result<(), Failure> {
         return Err(within_tree(pid));
     }
     let mut sink = begin(options, &mut dump_options, worker)?;
-    let dumped = pre_dump(HostPid(pid), &mut sink, &dump_options).map_err(failure)?;
+    let dumped = pre_dump(HostPid(pid), &mut *sink, &dump_options).map_err(failure)?;
     tell(options, &dumped)?;
     tracing::info!("Pre-dumping finished successfully");
     Ok(())
 }
 
-/// Opens the image folder, and that of earlier images.
-fn begin(options: &Options, dump_options: &mut DumpOptions, worker: &Worker) -> Result<FolderSink, Failure> {
+/// Opens the image folder, and that of earlier images, and connects to the page server if there is one.
+fn begin(options: &Options, dump_options: &mut DumpOptions, worker: &Worker) -> Result<Box<dyn Sink>, Failure> {
     worker.oversee(dump_options);
     let folder = images_dir(options);
     let previous = options.prev_images_dir.as_deref();
     let parent = previous.map(|previous| previous::take(folder, previous, dump_options)).transpose()?;
     let sink = FolderSink::open(folder, FolderOptions::default())?.with_parent(parent);
-    Ok(sink.noted_in(dump_options.journal.clone(), folder))
+    let sink = sink.noted_in(dump_options.journal.clone(), folder);
+    let server = options.page_server.then(|| Server::of(options)).transpose()?;
+    remote::send_to(server, sink, dump_options)
 }
 
 /// Writes and prints the statistics.

@@ -15,19 +15,22 @@ mod log;
 pub mod lsm;
 pub mod options;
 mod outside;
+mod page_server;
+pub mod remote;
 mod restore;
 mod rpc;
 mod stats;
 mod words;
 
 use std::ffi::OsString;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ferry_engine::fault::Point;
+use ferry_engine::sys::descriptor;
 use options::{Options, parse_size};
 
 use crate::failure::{Failure, Outcome};
@@ -91,7 +94,7 @@ fn run(options: &Options) -> Outcome {
     let Some(command) = options.command.as_deref() else {
         return Err(Failure::new("no command given: use dump, pre-dump, restore or check; see criu --help"));
     };
-    let takes_more = options.exec_cmd || matches!(command, "cpuinfo" | "swrk" | "service");
+    let takes_more = options.exec_cmd || matches!(command, "cpuinfo" | "swrk" | "service" | "page-server");
     if let (Some(word), false) = (options.rest.first(), takes_more) {
         return Err(Failure::new(format!("{} is one word too many for {command}", word.to_string_lossy())));
     }
@@ -122,9 +125,8 @@ fn run(options: &Options) -> Outcome {
         "service" => rpc::service(options),
         "exec" => Err(Failure::new("the command exec is not part of CRIU 4 any more, nor of ferry")),
         "show" => Err(Failure::new("the command show is not part of CRIU 4 any more: crit decode shows images")),
-        "page-server" | "lazy-pages" | "dedup" => {
-            Err(Failure::new(format!("ferry does not support the command {command} yet")))
-        }
+        "page-server" => page_server::run(options),
+        "lazy-pages" | "dedup" => Err(Failure::new(format!("ferry does not support the command {command} yet"))),
         other => {
             Err(Failure::new(format!("unknown command {other}: use dump, pre-dump, restore or check; see criu --help")))
         }
@@ -161,6 +163,9 @@ fn begin(options: &Options) -> Result<Options, Failure> {
             "--prev-images-dir is for dump and pre-dump only: a restore follows the link to the parent images",
         ));
     }
+    if options.page_server && options.command.as_deref() == Some("restore") {
+        return Err(Failure::new("--page-server is for dump and pre-dump only: a restore reads images of one folder"));
+    }
     if options.restore_sibling && !options.restore_detached {
         return Err(Failure::new("--restore-sibling is for --restore-detached only"));
     }
@@ -177,15 +182,18 @@ fn exec(command: &[OsString]) -> Outcome {
     Err(Failure::from(error).context(format!("the tree runs, but {} cannot be started", program.to_string_lossy())))
 }
 
+/// The log file that `-o` names.
+fn log_path(options: &Options) -> Option<PathBuf> {
+    let mut file = options.log_file.clone()?;
+    if options.log_pid {
+        file.as_mut_os_string().push(format!(".{}", std::process::id()));
+    }
+    Some(work_dir(options).join(file))
+}
+
 /// Sends the log where `-o` says: into the work folder, which is the image folder unless given.
 fn install_log(options: &Options) -> Result<(), Failure> {
-    let file = options.log_file.as_ref().map(|file| {
-        let mut file = file.clone();
-        if options.log_pid {
-            file.as_mut_os_string().push(format!(".{}", std::process::id()));
-        }
-        work_dir(options).join(file)
-    });
+    let file = log_path(options);
     log::install(file.as_deref(), options.log_level()).map_err(|error| {
         let path = file.unwrap_or_default();
         Failure::new(format!("cannot create the log file {}: {error}", path.display()))
@@ -199,6 +207,20 @@ fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
         _ => {}
     }
     OpenOptions::new().write(true).create_new(true).open(path)?.write_all(content)
+}
+
+/// Tells whoever waits that somebody can connect to the process `pid`, by `--pidfile` and `--status-fd`.
+fn ready(options: &Options, pid: u32) -> Result<(), Failure> {
+    if let Some(file) = &options.pidfile {
+        write_new(file, pid.to_string().as_bytes())
+            .map_err(|error| Failure::from(error).context(format!("--pidfile {}", file.display())))?;
+    }
+    if let Some(number) = options.status_fd {
+        let told = descriptor::take(number).map_err(io::Error::from);
+        told.and_then(|told| File::from(told).write_all(&[0]))
+            .map_err(|error| Failure::from(error).context(format!("--status-fd {number}")))?;
+    }
+    Ok(())
 }
 
 /// Where logs and statistics go.

@@ -29,7 +29,7 @@ use crate::failure::Failure;
 )]
 #[allow(missing_docs, reason = "the attributes say it")]
 pub struct Options {
-    /// What to do: dump, pre-dump, restore, check, cpuinfo
+    /// What to do: dump, pre-dump, restore, check, cpuinfo, page-server
     pub command: Option<String>,
     /// A second word, for commands that take one
     #[arg(hide = true)]
@@ -326,12 +326,7 @@ impl Options {
     /// Words that only permit something (`--tcp-close`, `--link-remap`, …) are not among it: clients give them to every
     /// container. What needs them is refused where it is found.
     pub fn unsupported(&self) -> Vec<&'static str> {
-        let asked = [
-            ("--lazy-pages", self.lazy_pages),
-            ("--page-server", self.page_server),
-            ("--stream", self.stream),
-            ("--tls", self.tls),
-        ];
+        let asked = [("--lazy-pages", self.lazy_pages), ("--stream", self.stream), ("--tls", self.tls)];
         asked.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
     }
 }
@@ -391,7 +386,7 @@ mod tests {
 
     #[test]
     fn what_is_not_there_yet_is_named() {
-        assert_eq!(parse("dump -t 1 --lazy-pages --page-server").unsupported(), ["--lazy-pages", "--page-server"]);
+        assert_eq!(parse("dump -t 1 --lazy-pages --tls").unsupported(), ["--lazy-pages", "--tls"]);
         assert!(parse("dump -t 1 --tcp-established").unsupported().is_empty());
     }
 

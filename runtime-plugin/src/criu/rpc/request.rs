@@ -56,6 +56,9 @@ fn prepare_any(kind: RequestType, asked: &RequestOptions, peer: &Peer) -> Result
     if !peer.is_starter() && (asked.rst_sibling == Some(true) || !asked.inherit_fd.is_empty()) {
         return Err(Failure::new("rst_sibling and inherit_fd are for criu swrk only: a service is nobody's child"));
     }
+    if !peer.is_starter() && asked.ps.as_ref().is_some_and(|server| server.fd.is_some()) {
+        return Err(Failure::new("the fd of ps is for criu swrk only: a service has no descriptors of its clients"));
+    }
     if asked.images_dir_fd < 0 && asked.images_dir.is_none() && kind != RequestType::Check {
         return Err(Failure::new("the request names no images folder: give images_dir_fd or images_dir"));
     }
@@ -300,12 +303,17 @@ fn add_objects(words: &mut Words, asked: &RequestOptions) -> Result<(), Failure>
         words.value("ext-unix-sk", sockets.join(","));
     }
     if let Some(server) = &asked.ps {
-        words.0.push("--page-server".into());
+        // Where pages stay here and are asked for, the port is the one to listen at.
+        let sent_away = asked.lazy_pages != Some(true);
+        if sent_away {
+            words.0.push("--page-server".into());
+        }
         words.optional("address", server.address.as_ref());
-        if let Some(port) = server.port.and_then(|port| u16::try_from(port).ok()) {
+        if let Some(port) = server.port.filter(|port| *port != 0) {
+            let port = u16::try_from(port).map_err(|_| Failure::new(format!("ps: {port} is no port")))?;
             words.value("port", port.to_string());
         }
-        if let Some(number) = server.fd {
+        if let Some(number) = server.fd.filter(|_| sent_away) {
             words.value("ps-socket", number.to_string());
         }
     }

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -21,7 +21,7 @@ use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::connection::Connection;
 use crate::criu::options::Options;
-use crate::criu::{install_log, write_new};
+use crate::criu::{install_log, ready};
 use crate::failure::{Failure, Outcome};
 
 /// The socket's name when none is given.
@@ -98,20 +98,6 @@ fn into_background(options: &Options, listener: OwnedFd) -> Result<Child, Failur
         command.arg("--log-file").arg(file);
     }
     Ok(command.spawn()?)
-}
-
-/// Tells whoever waits that clients can connect.
-fn ready(options: &Options, pid: u32) -> Result<(), Failure> {
-    if let Some(file) = &options.pidfile {
-        write_new(file, pid.to_string().as_bytes())
-            .map_err(|error| Failure::from(error).context(format!("--pidfile {}", file.display())))?;
-    }
-    if let Some(number) = options.status_fd {
-        let told = descriptor::take(number).map_err(io::Error::from);
-        told.and_then(|told| fs::File::from(told).write_all(&[0]))
-            .map_err(|error| Failure::from(error).context(format!("--status-fd {number}")))?;
-    }
-    Ok(())
 }
 
 /// How many clients each user has.

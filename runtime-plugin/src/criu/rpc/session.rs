@@ -4,6 +4,7 @@
 //! only ask; with any other the connection is closed without an answer, as CRIU does. Statuses of the process are CRIU's too.
 
 use std::fs::{File, OpenOptions};
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -13,10 +14,13 @@ use ferry_engine::preflight;
 use tracing::dispatcher::DefaultGuard;
 
 use super::connection::{Connection, ReceiveError, sentence_for_answer};
-use super::message::{Answer, DumpAnswer, Features, Request, RequestOptions, RequestType, RestoreAnswer, Version};
+use super::message::{
+    Answer, DumpAnswer, Features, PageServer, Request, RequestOptions, RequestType, RestoreAnswer, Version,
+};
 use super::notify::Listener;
 use super::peer::Peer;
 use super::request::{Prepared, prepare};
+use crate::criu::page_server::{self, Door};
 use crate::criu::{cpuinfo, dump, log, restore, work_dir};
 use crate::failure::Failure;
 use crate::guard::{self, End, Side, Worker};
@@ -94,8 +98,9 @@ impl Session {
                 ControlFlow::Break(code) => Next::Done(code),
             },
             RequestType::PageServer | RequestType::PageServerChild => {
-                // CRIU answers both with the one type.
-                self.answer_or_fail(RequestType::PageServer, Err(missing("the page server")))
+                // CRIU answers both with the one type. Whether it is to be a child makes no difference: it is one of this process, and
+                // goes on when this process ends.
+                self.answer_or_fail(RequestType::PageServer, self.page_server(&options))
             }
             RequestType::CpuinfoDump | RequestType::CpuinfoCheck => {
                 self.answer_or_fail(kind, self.cpuinfo(kind, &options).map(|()| Answer::to(kind)))
@@ -223,6 +228,34 @@ impl Session {
         if self.send(&answer) && done.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(MINUS_ONE) }
     }
 
+    /// Starts a page server, which listens before the client hears of it.
+    fn page_server(&self, asked: &RequestOptions) -> Result<Answer, Failure> {
+        let prepared = prepare(RequestType::PageServer, asked, &self.peer)?;
+        Self::may_go_on(&prepared)?;
+        let options = &prepared.options;
+        let port = options.port.unwrap_or(0);
+        if !self.peer.is_trusted() && (1..1024).contains(&port) {
+            return Err(self.peer.refused(&format!("may not listen at port {port}"), "choose one from 1024 on"));
+        }
+        let folder = page_server::open_folder(options)?;
+        let link = page_server::link(options)?;
+        let door = Door::open(options)?;
+        let port = door.port()?;
+        let log = self.log_file(&prepared)?;
+        let status = asked.status_fd.filter(|number| *number >= 0);
+        let status = status.map(|number| self.peer.descriptor("status_fd", number)).transpose()?;
+        let child = page_server::into_background(options, door, &folder, link.as_deref(), log)?;
+        if let Some(status) = status {
+            File::from(status).write_all(&[0]).map_err(|error| Failure::from(error).context("status_fd"))?;
+        }
+        let told = PageServer {
+            pid: i32::try_from(child.id()).ok(),
+            port: (port > 0).then(|| port.into()),
+            ..PageServer::default()
+        };
+        Ok(Answer { ps: Some(told), ..Answer::to(RequestType::PageServer) })
+    }
+
     fn restore(&self, asked: &RequestOptions) -> ExitCode {
         let prepared = prepare(RequestType::Restore, asked, &self.peer);
         let done = prepared.and_then(|prepared| {
@@ -339,10 +372,6 @@ fn failed(kind: RequestType, failure: &Failure) -> Answer {
         cr_errmsg: Some(sentence_for_answer(&failure.to_string())),
         ..Answer::to(kind)
     }
-}
-
-fn missing(what: &str) -> Failure {
-    Failure::new(format!("ferry does not support {what} yet")).with_errno(libc::ENOTSUP)
 }
 
 fn version() -> Answer {
