@@ -20,6 +20,7 @@ pub mod namespaces;
 pub mod preflight;
 pub mod procfs;
 pub mod progress;
+pub mod remote;
 pub mod restore;
 mod sockets;
 pub mod sys;
