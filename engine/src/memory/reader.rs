@@ -10,7 +10,6 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use crate::cancel::Cancel;
-use crate::images::pagemap::PagemapEntry;
 use crate::memory::mappings::{Kind, Mapping};
 use crate::memory::pages::{PageRuns, ProcessPages};
 use crate::memory::parent::{ParentMemory, equal_pages, page_count, without};
@@ -32,11 +31,6 @@ pub struct Found {
 }
 
 impl Found {
-    /// The entries of the pagemap image.
-    pub fn entries(&self) -> Vec<PagemapEntry> {
-        PagemapEntry::of_runs(self.runs.runs(), &self.in_parent)
-    }
-
     /// How many pages are left to the parent images.
     pub fn pages_in_parent(&self) -> u64 {
         page_count(&self.in_parent)

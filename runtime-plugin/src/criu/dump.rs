@@ -1,5 +1,6 @@
 //! `criu dump` and `criu pre-dump`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump_telling, pre_dump};
@@ -126,6 +127,9 @@ pub fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
     }
     if let Some(limit) = &options.ghost_limit {
         dump.files.ghost_limit = parse_size(limit)?;
+    }
+    if options.lazy_pages {
+        dump.lazy = Some(Arc::new(super::lazy::offer(options)?));
     }
     dump.cgroups = super::cgroups::options(options)?;
     dump.track_memory = options.track_mem;

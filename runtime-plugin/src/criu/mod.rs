@@ -10,6 +10,7 @@ pub mod config;
 mod cpuinfo;
 mod dump;
 mod freezer;
+mod lazy;
 mod listen;
 mod log;
 pub mod lsm;
@@ -29,6 +30,9 @@ use std::process::ExitCode;
 
 use ferry_engine::fault::Point;
 use options::{Options, parse_size};
+
+#[cfg(feature = "oci")]
+pub use lazy::tell_ready;
 
 use crate::failure::{Failure, Outcome};
 use crate::guard;
@@ -122,9 +126,9 @@ fn run(options: &Options) -> Outcome {
         "service" => rpc::service(options),
         "exec" => Err(Failure::new("the command exec is not part of CRIU 4 any more, nor of ferry")),
         "show" => Err(Failure::new("the command show is not part of CRIU 4 any more: crit decode shows images")),
-        "page-server" | "lazy-pages" | "dedup" => {
-            Err(Failure::new(format!("ferry does not support the command {command} yet")))
-        }
+        "lazy-pages" => lazy::run(&begin(options)?),
+        "page-server" if options.lazy_pages => lazy::serve_images(&begin(options)?),
+        "page-server" | "dedup" => Err(Failure::new(format!("ferry does not support the command {command} yet"))),
         other => {
             Err(Failure::new(format!("unknown command {other}: use dump, pre-dump, restore or check; see criu --help")))
         }
@@ -155,6 +159,9 @@ fn begin(options: &Options) -> Result<Options, Failure> {
     let misplaced = of_restores.iter().find(|(_, given)| *given && options.command.as_deref() != Some("restore"));
     if let Some((name, _)) = misplaced {
         return Err(Failure::new(format!("{name} is for restore only")));
+    }
+    if options.lazy_pages && options.command.as_deref() == Some("pre-dump") {
+        return Err(Failure::new("--lazy-pages is not for pre-dump: it is memory that a pre-dump writes"));
     }
     if options.prev_images_dir.is_some() && options.command.as_deref() == Some("restore") {
         return Err(Failure::new(

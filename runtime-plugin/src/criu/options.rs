@@ -326,12 +326,9 @@ impl Options {
     /// Words that only permit something (`--tcp-close`, `--link-remap`, …) are not among it: clients give them to every
     /// container. What needs them is refused where it is found.
     pub fn unsupported(&self) -> Vec<&'static str> {
-        let asked = [
-            ("--lazy-pages", self.lazy_pages),
-            ("--page-server", self.page_server),
-            ("--stream", self.stream),
-            ("--tls", self.tls),
-        ];
+        // With lazy pages it says where they are fetched.
+        let is_lazy = self.lazy_pages || self.command.as_deref() == Some("lazy-pages");
+        let asked = [("--page-server", self.page_server && !is_lazy), ("--stream", self.stream), ("--tls", self.tls)];
         asked.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
     }
 }
@@ -391,7 +388,9 @@ mod tests {
 
     #[test]
     fn what_is_not_there_yet_is_named() {
-        assert_eq!(parse("dump -t 1 --lazy-pages --page-server").unsupported(), ["--lazy-pages", "--page-server"]);
+        assert_eq!(parse("dump -t 1 --page-server --stream").unsupported(), ["--page-server", "--stream"]);
+        assert!(parse("dump -t 1 --lazy-pages --page-server").unsupported().is_empty());
+        assert!(parse("lazy-pages --page-server").unsupported().is_empty());
         assert!(parse("dump -t 1 --tcp-established").unsupported().is_empty());
     }
 
