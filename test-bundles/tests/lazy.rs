@@ -3,8 +3,9 @@
 //! Pages come through a slow connection, a relay of the test between `lazy-pages` and its page server, so that most of them are missing
 //! when a workload is asked.
 
+use ferry_test_bundles::container::refusal;
 use ferry_test_bundles::processes::{self, wait_for};
-use ferry_test_bundles::{Engine, Outcome, Place, Workload, programs};
+use ferry_test_bundles::{Bundle, Container, Engine, Outcome, Place, Workload, programs};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
@@ -400,6 +401,74 @@ fn a_tree_runs_on_when_nobody_fetches_its_pages() -> Outcome {
     }
     workload.ask()?;
     workload.round_trip(&engine)?;
+    workload.end()
+}
+
+/// A container moves to another of the same bundle, with runc's flags: the first one is there until the second has all its memory.
+#[test]
+fn a_container_moves_with_its_pages_behind() -> Outcome {
+    let place = Place::new()?;
+    let (bundle, talk) = Bundle::of_workload(&place, "lazy_forks")?;
+    let container = Container::run(&place, &bundle)?;
+    talk.await_ready()?;
+    let (images, port, first) = (place.folder("images")?, free_port()?, container.pid()?);
+    let folder = images.to_string_lossy().into_owned();
+    let mut command = container.command("checkpoint");
+    let (mut ready, status) = std::io::pipe().map_err(text)?;
+    let number = std::os::fd::AsRawFd::as_raw_fd(&status);
+    rustix::io::fcntl_setfd(&status, rustix::io::FdFlags::empty()).map_err(text)?;
+    command.args(["--lazy-pages", "--page-server", &format!("127.0.0.1:{port}"), "--status-fd", &number.to_string()]);
+    command.args(["--image-path", &folder, &container.id]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut checkpoint = command.spawn().map_err(text)?;
+    drop(status);
+    let mut byte = [1];
+    if (ready.read(&mut byte).map_err(text)?, byte) != (1, [0]) {
+        return Err("the checkpoint does not get ready".into());
+    }
+    let relay = Relay::start(port, Duration::from_millis(2))?;
+    let options = relay.options();
+    let daemon = Daemon::start(&place, &images, &options.iter().map(String::as_str).collect::<Vec<_>>())?;
+    // Another name, another cgroup, the same root.
+    let id = format!("{}-moved", container.id);
+    let mut other = Bundle { path: place.folder("moved")?, config: bundle.config.clone() };
+    other.config["root"]["path"] = bundle.path.join("rootfs").to_string_lossy().into_owned().into();
+    other.config["linux"]["cgroupsPath"] = format!("/{id}").into();
+    other.write()?;
+    let mut restore = container.command("restore");
+    restore.args(["--lazy-pages", "--detach", "--image-path", &folder, "--bundle"]).arg(&other.path).arg(&id);
+    restore.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    if !restore.status().map_err(text)?.success() {
+        return Err(std::fs::read_to_string(place.path("runtime.log")).unwrap_or_default());
+    }
+    talk.ask()?;
+    daemon.end(&images)?;
+    let status = checkpoint.wait().map_err(text)?;
+    if !status.success() {
+        return Err(format!("the checkpoint ended with {status}"));
+    }
+    processes::await_end(&[first])?;
+    refusal(container.command("state").arg(&container.id), &["does not exist"])?;
+    talk.ask()?;
+    programs::succeed(container.command("delete").args(["--force", &id]))?;
+    drop(container);
+    place.nothing_left()
+}
+
+/// On top of earlier images: what is in those comes at once, the rest later.
+#[test]
+fn an_incremental_dump_is_restored_lazily() -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::under_test()?);
+    let mut workload = Workload::start(&place, "rewritten_pages")?;
+    workload.pre_dump(&engine)?;
+    let (images, tree) = (workload.images()?, processes::tree(workload.pid));
+    engine.dump(&place, workload.pid, &images, &["--track-mem", "--prev-images-dir", "../images-1"])?;
+    processes::await_end(&tree)?;
+    let daemon = Daemon::start(&place, &images, &[])?;
+    engine.restore(&place, &images, &["--lazy-pages"])?;
+    workload.ask()?;
+    daemon.end(&images)?;
+    workload.ask()?;
     workload.end()
 }
 
