@@ -28,6 +28,7 @@ use crate::files::FilesOptions;
 use crate::freeze::{FreezeError, StoppedTree};
 use crate::images::{Manifest, Sink, SinkError};
 use crate::journal::Journal;
+use crate::lazy::offer::{OfferError, PageOffer};
 use crate::memory::parent::ParentMemory;
 use crate::memory::reader::{PageReader, ReadPagesError};
 use crate::memory::staging::Staging;
@@ -103,6 +104,9 @@ pub struct DumpOptions {
     pub parent: Option<Arc<ParentMemory>>,
     /// Whether the images may become the parent of others.
     pub track_memory: bool,
+    /// Where pages that may come after a restore are fetched from the tree, instead of being written: it stays stopped until they
+    /// have been.
+    pub lazy: Option<Arc<PageOffer>>,
 }
 
 impl DumpOptions {
@@ -139,6 +143,7 @@ impl Default for DumpOptions {
             journal: None,
             parent: None,
             track_memory: false,
+            lazy: None,
             cgroups: CgroupOptions::default(),
             cpuinfo: false,
         }
@@ -195,6 +200,8 @@ pub struct Dumped {
     pub parent_pages: u64,
     /// The same of shared memory.
     pub shared_parent_pages: u64,
+    /// Pages that were left out of the images, to be fetched.
+    pub lazy_pages: u64,
     /// Time from the first stop to the last.
     pub freezing: Duration,
     /// Time that the tree was stopped, as far as it ran on or was ended.
@@ -247,6 +254,9 @@ pub enum DumpError {
     /// A listener failed.
     #[error("{problem}")]
     Caller { problem: String },
+    /// Whoever was to fetch the pages did not fetch them all.
+    #[error("not all memory was fetched: {0}; the processes run on as before, and the images are of no use")]
+    Offer(#[from] OfferError),
     /// It was given up.
     #[error("the dump was given up: {0}; the processes run on as before")]
     Interrupted(#[from] Interrupted),
@@ -332,7 +342,8 @@ pub fn dump_telling(
         let runs_on = options.after == After::Run;
         // Most of it is left to the parent, if there is one.
         let expected = if options.parent.is_some() { outlook.memory.min(INCREMENT) } else { outlook.memory };
-        let room = if runs_on { Staging::prepare(expected, options.staging) } else { Staging::default() };
+        let stages = runs_on && options.lazy.is_none();
+        let room = if stages { Staging::prepare(expected, options.staging) } else { Staging::default() };
         let cgroups = CgroupSets::new(&options.cgroups)?;
         reader.prepare(room);
         Ok((reader, outlook.surroundings, cgroups, outlook.landings))
@@ -354,10 +365,11 @@ pub fn dump_telling(
     enter(DumpPhase::Recheck, options, || refuse(std::mem::take(&mut state.refusals)))?;
     listening.stopped(sink)?;
     let sink = &mut Metered::new(sink, options, state.pages() * PAGE_SIZE);
-    let copied = enter(DumpPhase::Memory, options, || memory::save(&mut state, sink, options, &mut dumped))?;
+    let mut copied = enter(DumpPhase::Memory, options, || memory::save(&mut state, sink, options, &mut dumped))?;
+    let later = std::mem::take(&mut copied.later);
     let mut stopped = Some(stopped);
     enter(DumpPhase::Release, options, || {
-        if options.after == After::Run && !listening.sees_end() {
+        if options.after == After::Run && !listening.sees_end() && options.lazy.is_none() {
             stopped.take();
             dumped.frozen = start.elapsed();
             options.cancel.lift_limit();
@@ -373,6 +385,11 @@ pub fn dump_telling(
         Ok(sink.seal(&dumped)?)
     })?;
     listening.reached(DumpStage::PostDump)?;
+    if let Some(offer) = &options.lazy {
+        listening.reached(DumpStage::StatusReady)?;
+        offer.serve(&later, &options.cancel)?;
+        dumped.frozen = start.elapsed();
+    }
     if stopped.is_some() && options.after == After::Kill {
         listening.forget_network();
     } else {

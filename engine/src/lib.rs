@@ -15,6 +15,7 @@ pub mod files;
 pub mod freeze;
 pub mod images;
 pub mod journal;
+pub mod lazy;
 pub mod memory;
 pub mod namespaces;
 pub mod preflight;

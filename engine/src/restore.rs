@@ -12,6 +12,7 @@ mod birth;
 mod checkpoint;
 mod error;
 mod grow;
+mod lazy;
 mod live;
 mod numbers;
 mod plan;
@@ -36,6 +37,7 @@ use crate::fault::{Edge, Faults, Point};
 use crate::files::{Inherited, NameJournal, Terminals};
 use crate::images::stats::{RestoreStatsEntry, StatsEntry};
 use crate::images::{ImageSet, Kind, encode};
+use crate::lazy::handshake::Daemon;
 use crate::namespaces::{self, NamespaceKind, RestoreNamespaceOptions};
 use crate::progress::Progress as MemoryProgress;
 use crate::sys::robust::RobustList;
@@ -106,6 +108,8 @@ pub struct RestoreOptions<'a> {
     pub terminal: Option<OwnedFd>,
     /// Given the master side of the terminal whose master was held outside the tree, as soon as there is a new one.
     pub terminal_master: Option<TakeTerminal<'a>>,
+    /// The daemon that brings pages later which the images call lazy. Without one all pages come at once.
+    pub lazy: Option<Daemon>,
     /// What ends the restore early. Not looked at any more once the tree is to run.
     pub cancel: Cancel,
     /// What a test lets go wrong.
@@ -245,6 +249,7 @@ pub fn restore(images: &ImageSet, mut options: RestoreOptions<'_>) -> Result<Res
     let mut clock = Clock { phases: Vec::new() };
     announce(&mut options, RestorePhase::Open)?;
     let mut checkpoint = clock.phase(RestorePhase::Open, || Checkpoint::read(images))?;
+    checkpoint.part_memory(options.lazy.is_some())?;
     checkpoint.tell(&options.memory, &options.cancel);
     options.pass(Point::Restore(Edge::After, RestorePhase::Open))?;
     announce(&mut options, RestorePhase::Plan)?;
@@ -465,13 +470,15 @@ impl<'a> Restore<'a> {
         // From here on there is no way back.
         self.files.remove_links();
         self.let_go();
+        self.all_run();
         Ok(())
     }
 
     fn tree(&mut self) -> Result<(), RestoreError> {
         self.make_others()?;
         self.make_groups()?;
-        self.make_foreground()
+        self.make_foreground()?;
+        self.hand_over_memory()
     }
 
     fn memory(&self, place: usize) -> &'a MemoryImages {

@@ -72,10 +72,10 @@ pub struct CheckpointArgs {
     /// Leave the memory here, and serve it to the restored container page by page.
     #[arg(long)]
     pub lazy_pages: bool,
-    /// With --lazy-pages: descriptor that gets a zero byte when pages can be served.
+    /// Descriptor that gets a zero byte when pages can be served.
     #[arg(long, value_name = "FD", default_value_t = -1, hide_default_value = true)]
     pub status_fd: i32,
-    /// Send the memory to a page server.
+    /// With --lazy-pages: where its pages can be fetched.
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub page_server: Option<String>,
     /// Allow file locks.
@@ -198,10 +198,16 @@ fn save_container(global: &Global, args: &CheckpointArgs, worker: &Worker) -> Ou
     let in_parts = [
         ("--pre-dump", args.pre_dump),
         ("--parent-path", args.parent_path.is_some()),
+        ("--lazy-pages", args.lazy_pages),
         ("--page-server", args.page_server.is_some()),
     ];
     if let Some((flag, _)) = in_parts.iter().find(|(_, given)| *given && args.image_path.is_none()) {
         return Err(Failure::new(format!("{flag} goes with --image-path: archives hold one set of images, and whole")));
+    }
+    if args.lazy_pages && (args.pre_dump || args.page_server.is_none()) {
+        return Err(Failure::new(
+            "--lazy-pages needs --page-server ADDRESS:PORT, where the pages can be fetched, and no --pre-dump",
+        ));
     }
     let destination = destination(args, &container.bundle);
     let plan = Plan { container: &container, spec: &spec, destination, work: args.work_path.clone(), args, worker };
@@ -252,7 +258,8 @@ fn check(global: &Global, args: &CheckpointArgs) -> Outcome {
 /// Flags given whose part of the engine comes later. Those that only permit something are not among them: managers give them to
 /// every container, and what needs them is refused where it is found.
 fn later_flags(args: &CheckpointArgs) -> Vec<&'static str> {
-    let given = [("--lazy-pages", args.lazy_pages), ("--status-fd", args.status_fd >= 0)];
+    // Without lazy pages there is nobody to be told.
+    let given = [("--status-fd", args.status_fd >= 0 && !args.lazy_pages)];
     given.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
 }
 
@@ -260,7 +267,7 @@ fn later_flags(args: &CheckpointArgs) -> Vec<&'static str> {
 ///
 /// # Errors
 /// When there are any.
-pub fn refuse(command: &str, flags: &[&str]) -> Result<(), Failure> {
+fn refuse(command: &str, flags: &[&str]) -> Result<(), Failure> {
     match flags {
         [] => Ok(()),
         [flag] => Err(Failure::new(format!("{flag} of {command} is not supported yet: leave it out"))),
@@ -376,9 +383,11 @@ mod tests {
 
     #[test]
     fn flags_that_come_later_are_refused_together() {
-        let args = parse("--lazy-pages --page-server h:1 --status-fd 3 --file-locks c1").unwrap();
+        let args = parse("--page-server h:1 --status-fd 3 --file-locks c1").unwrap();
         let told = refuse("checkpoint", &later_flags(&args)).unwrap_err().to_string();
-        assert_eq!(told, "--lazy-pages, --status-fd of checkpoint are not supported yet: leave them out");
+        assert_eq!(told, "--status-fd of checkpoint is not supported yet: leave it out");
+        let args = parse("--lazy-pages --page-server h:1 --status-fd 3 c1").unwrap();
+        assert!(refuse("checkpoint", &later_flags(&args)).is_ok());
         assert!(refuse("checkpoint", &later_flags(&parse("--file-locks --shell-job c1").unwrap())).is_ok());
     }
 

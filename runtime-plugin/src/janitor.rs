@@ -322,24 +322,7 @@ impl Known {
     /// Ends what is left of the tree: tasks that had been let go already when others had not. Parents are let go first, so
     /// that they lead to all of them; those that ferry still held end with ferry.
     fn end_tree(&mut self) {
-        let Some(root) = self.root.take() else { return };
-        let mut tasks = vec![root];
-        let mut next = 0;
-        while let Some((pid, task)) = tasks.get(next) {
-            let found: Vec<(HostPid, OwnedFd)> =
-                children(*pid).into_iter().filter_map(|child| Some((child, pidfd::open(child).ok()?))).collect();
-            // They are children of this task if it still is there: its pid has been nobody else's meanwhile.
-            if pidfd::wait_gone(task.as_fd(), Duration::ZERO).is_err() {
-                tasks.extend(found);
-            }
-            next += 1;
-        }
-        for (_, task) in &tasks {
-            let _ = pidfd::send_signal(task.as_fd(), libc::SIGKILL);
-        }
-        for (_, task) in &tasks {
-            let _ = pidfd::wait_gone(task.as_fd(), PATIENCE);
-        }
+        end_trees(self.root.take().into_iter().collect());
     }
 
     fn remove_names(&mut self) {
@@ -359,6 +342,26 @@ impl Known {
                 tracing::warn!(name = %name.display(), %error, "a file of the killed restore stays");
             }
         }
+    }
+}
+
+/// Kills processes and all that descend from them, and waits until they are gone.
+pub fn end_trees(mut tasks: Vec<(HostPid, OwnedFd)>) {
+    let mut next = 0;
+    while let Some((pid, task)) = tasks.get(next) {
+        let found: Vec<(HostPid, OwnedFd)> =
+            children(*pid).into_iter().filter_map(|child| Some((child, pidfd::open(child).ok()?))).collect();
+        // They are children of this task if it still is there: its pid has been nobody else's meanwhile.
+        if pidfd::wait_gone(task.as_fd(), Duration::ZERO).is_err() {
+            tasks.extend(found);
+        }
+        next += 1;
+    }
+    for (_, task) in &tasks {
+        let _ = pidfd::send_signal(task.as_fd(), libc::SIGKILL);
+    }
+    for (_, task) in &tasks {
+        let _ = pidfd::wait_gone(task.as_fd(), PATIENCE);
     }
 }
 

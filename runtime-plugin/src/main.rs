@@ -28,6 +28,7 @@ mod guard;
 mod janitor;
 #[cfg(feature = "oci")]
 mod launch;
+mod lazy_watch;
 #[cfg(feature = "oci")]
 mod lifecycle;
 #[cfg_attr(not(feature = "oci"), allow(dead_code, reason = "only the OCI face installs a logger"))]

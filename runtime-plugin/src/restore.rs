@@ -21,7 +21,7 @@ use libcontainer::oci_spec::runtime::Spec;
 use remains::Remains;
 
 use crate::cgroups::ContainerCgroup;
-use crate::checkpoint::{ARCHIVE_NAME, CgroupsMode, EmptyNamespace, SummaryFormat, refuse};
+use crate::checkpoint::{ARCHIVE_NAME, CgroupsMode, EmptyNamespace, SummaryFormat};
 use crate::cli::Global;
 use crate::console::{Console, send_pidfd};
 use crate::criu::lsm;
@@ -111,7 +111,7 @@ pub struct RestoreArgs {
     /// Free the images' memory while it is restored.
     #[arg(long)]
     pub auto_dedup: bool,
-    /// Start before the memory is there, and fetch it page by page.
+    /// Start before the memory is there. ferry criu lazy-pages brings it, whose socket is in --work-path or else --image-path.
     #[arg(long)]
     pub lazy_pages: bool,
     /// Profile of a security module, as TYPE:NAME.
@@ -158,7 +158,6 @@ pub struct Plan<'a> {
 
 /// Restores the container.
 pub fn run(global: &Global, args: &RestoreArgs) -> Outcome {
-    refuse("restore", &later_flags(args))?;
     lsm::check(args.lsm_profile.as_deref())?;
     let bundle = Bundle::open(args.bundle.as_deref().unwrap_or(".".as_ref()))?;
     let source = source(args, &bundle.directory)?;
@@ -225,12 +224,6 @@ fn make(global: &Global, plan: &Plan, spec: &Spec) -> Result<Container, Failure>
     mountpoints.keep();
     pid_file.into_iter().for_each(PidFile::keep);
     Ok(container)
-}
-
-/// Flags given whose part of the engine comes later.
-fn later_flags(args: &RestoreArgs) -> Vec<&'static str> {
-    let given = [("--lazy-pages", args.lazy_pages)];
-    given.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
 }
 
 /// What was named; else the archive in the bundle; else the folder that runc would take.
@@ -313,8 +306,6 @@ mod tests {
             "--bundle /b --pid-file /p --no-pivot --no-new-keyring --detach --image-path /i --work-path /b --file-locks c1",
         );
         parse("--image-path /i --work-path /w --detach --pid-file /p --no-subreaper --bundle /b c1");
-        let args = parse("--tcp-close --lsm-mount-context=x --manage-cgroups-mode ignore --empty-ns network c1");
-        assert!(later_flags(&args).is_empty());
-        assert_eq!(later_flags(&parse("--lazy-pages c1")), ["--lazy-pages"]);
+        parse("--tcp-close --lsm-mount-context=x --manage-cgroups-mode ignore --empty-ns network --lazy-pages c1");
     }
 }

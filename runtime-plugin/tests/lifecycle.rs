@@ -292,10 +292,7 @@ fn bad_input_gets_one_sentence() {
         (&["restore", "--lsm-mount-context"], "flag needs an argument"),
         (&["restore", "x"], "there is no checkpoint at"),
         (&["checkpoint", "x"], "container x does not exist"),
-        (
-            &["checkpoint", "--lazy-pages", "--page-server", "host:1", "x"],
-            "--lazy-pages of checkpoint is not supported yet",
-        ),
+        (&["checkpoint", "--status-fd", "1", "x"], "--status-fd of checkpoint is not supported yet"),
     ] {
         let told = fixture.fails(args, 1);
         assert!(told.contains(sentence), "{args:?}: {told}");

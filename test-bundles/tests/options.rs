@@ -262,7 +262,8 @@ fn what_no_command_takes_is_refused_by_name() -> Outcome {
     let (place, engine) = (Place::new()?, Engine::ferry()?);
     let images = place.folder("images")?;
     for (verb, words, told) in [
-        ("dump", &["-t", "1", "--lazy-pages"][..], "--lazy-pages"),
+        ("dump", &["-t", "1", "--stream"][..], "--stream"),
+        ("pre-dump", &["-t", "1", "--lazy-pages"], "--lazy-pages is not for pre-dump"),
         ("dump", &["-t", "1", "--inherit-fd", "fd[0]:x"], "--inherit-fd is for restore only"),
         ("dump", &["-t", "1", "more"], "more is one word too many"),
         ("restore", &["-S"], "--restore-sibling"),

@@ -66,6 +66,11 @@ fn version_and_features() -> Outcome {
     let found = features.get_message(8).ok_or("no features")?;
     // What was not asked for is answered with no.
     expect("lazy_pages", found.get_number(2), Some(0))?;
+    let worker_of_lazy = Worker::start()?;
+    let asked = Message::default().number(2, 1);
+    let features = worker_of_lazy.connection().ask(&Message::request(kind::FEATURE_CHECK).message(5, &asked))?;
+    expect("lazy_pages", features.get_message(8).and_then(|found| found.get_number(2)), Some(1))?;
+    drop(worker_of_lazy);
     expect("pidfd_store", found.get_number(3), Some(1))?;
     expect("mem_track", found.get_number(1), Some(1))?;
     expect("status", worker.end()?, Some(0))?;
@@ -326,12 +331,56 @@ fn permissions_without_need_are_taken() -> Outcome {
     let (answer, _, status) = Worker::ask(&Message::request(kind::DUMP).message(2, &options), |_| true)?;
     expect(&answer.reason(), (answer.verdict(), status), ((Some(kind::DUMP), true), Some(0)))?;
     let config = place.path("request.conf");
-    std::fs::write(&config, "lazy-pages\nlog-file other.log\n").map_err(|error| error.to_string())?;
+    std::fs::write(&config, "stream\nlog-file other.log\n").map_err(|error| error.to_string())?;
     let options = options.text(51, &config.to_string_lossy());
     let (answer, ..) = Worker::ask(&Message::request(kind::DUMP).message(2, &options), |_| true)?;
-    expect_failure(&answer, kind::DUMP, "--lazy-pages")?;
-    expect("the log", folder.last_error("other.log").contains("--lazy-pages"), true)?;
+    expect_failure(&answer, kind::DUMP, "--stream")?;
+    expect("the log", folder.last_error("other.log").contains("--stream"), true)?;
     workload.ask()?;
+    workload.end()
+}
+
+/// The client of a dump with lazy pages hears when they can be fetched. It is whoever fetches them that says when the tree may be ended.
+#[test]
+fn a_lazy_dump_tells_when_pages_can_be_fetched() -> Outcome {
+    // The header of the page server's last command, and one that is none.
+    let (mut close, nonsense) = ([0; 32], [0xee; 32]);
+    close[..2].copy_from_slice(&[0x23, 0x10]);
+    let place = Place::new()?;
+    let mut workload = Workload::start(&place, "threads")?;
+    for (header, fetched) in [(nonsense, false), (close, true)] {
+        let folder = Folder::open(&workload.images()?)?;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").map_err(|error| error.to_string())?;
+        let port = listener.local_addr().map_err(|error| error.to_string())?.port();
+        drop(listener);
+        let server = Message::default().text(1, "127.0.0.1").number(2, port.into());
+        let options = folder.options("dump.log").number(2, workload.pid.unsigned_abs().into()).number(12, 1);
+        let request = Message::request(kind::DUMP).message(2, &options.number(48, 1).message(11, &server));
+        let mut peer = None;
+        let (answer, told, status) = Worker::ask(&request, |event| {
+            if event == "status-ready" {
+                let connected = std::net::TcpStream::connect(("127.0.0.1", port));
+                let written = connected.and_then(|mut peer| {
+                    std::io::Write::write_all(&mut peer, &header)?;
+                    Ok(peer)
+                });
+                peer = written.ok();
+            }
+            true
+        })?;
+        expect(
+            "the events",
+            told,
+            ["pre-dump", "query-ext-files", "post-dump", "status-ready"].map(str::to_owned).to_vec(),
+        )?;
+        expect("it could be connected to", peer.is_some(), true)?;
+        if fetched {
+            expect(&answer.reason(), (answer.verdict(), status), ((Some(kind::DUMP), true), Some(0)))?;
+        } else {
+            expect_failure(&answer, kind::DUMP, "the processes run on as before")?;
+            workload.ask()?;
+        }
+    }
     workload.end()
 }
 

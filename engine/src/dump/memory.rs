@@ -7,6 +7,8 @@ use std::time::Instant;
 use crate::fault::DumpStep;
 use crate::images::pagemap::PagemapEntry;
 use crate::images::{Content, Sink};
+use crate::lazy::offer::StoppedPages;
+use crate::memory::lazy::{self, Parted};
 use crate::memory::pages::ProcessPages;
 use crate::memory::staging::{Staged, Staging};
 use crate::sys::HostPid;
@@ -17,6 +19,8 @@ use super::{DumpError, DumpOptions, Dumped, TreeState, records};
 pub struct Copied {
     staging: Staging,
     images: Vec<CopiedImage>,
+    /// Pages that are left out of the images, to be fetched from the stopped tree.
+    pub later: StoppedPages,
 }
 
 struct CopiedImage {
@@ -35,7 +39,7 @@ pub fn save(
 ) -> Result<Copied, DumpError> {
     let start = Instant::now();
     let mut staging = std::mem::take(&mut state.staging);
-    let mut images = Vec::new();
+    let (mut images, mut later) = (Vec::new(), StoppedPages::default());
     let mut number = 0;
     let mut put = |pagemap: String, entries: Vec<PagemapEntry>, copy: Option<Staged>, pages: &dyn Content| {
         number += 1;
@@ -51,9 +55,22 @@ pub fn save(
     for process in state.processes.iter_mut().filter(|process| !process.is_zombie()) {
         let pid = process.task.pid;
         let copy = process.pages.copy.take();
-        let pages = ProcessPages::open(pid, &process.pages.runs).map_err(DumpError::read(pid, "memory"))?;
-        put(process.pagemap_image(), process.pages.entries(), copy, &pages)?;
-        dumped.pages += process.pages.runs.pages();
+        let cores = process.cores.iter().map(|(_, core)| core);
+        let may_wait = process.mm.as_ref().map(|mm| lazy::ranges(mm, cores)).unwrap_or_default();
+        let found = &process.pages;
+        if options.lazy.is_some() {
+            let parted = Parted::of(&found.runs, &may_wait);
+            let pages = ProcessPages::open(pid, &parted.written).map_err(DumpError::read(pid, "memory"))?;
+            put(process.pagemap_image(), parted.entries(&found.in_parent), None, &pages)?;
+            dumped.pages += parted.written.pages();
+            dumped.lazy_pages += parted.later.pages();
+            later.add(process.task.ns_pid.0 as u32, pid, parted.later);
+        } else {
+            let pages = ProcessPages::open(pid, &found.runs).map_err(DumpError::read(pid, "memory"))?;
+            let entries = lazy::entries(found.runs.runs(), &found.in_parent, &may_wait);
+            put(process.pagemap_image(), entries, copy, &pages)?;
+            dumped.pages += found.runs.pages();
+        }
         dumped.parent_pages += process.pages.pages_in_parent();
     }
     let root: HostPid = state.processes[0].task.pid;
@@ -66,7 +83,7 @@ pub fn save(
     }
     state.namespaces.dump_content(sink)?;
     dumped.memory = start.elapsed();
-    Ok(Copied { staging, images })
+    Ok(Copied { staging, images, later })
 }
 
 impl Copied {

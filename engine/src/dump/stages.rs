@@ -18,6 +18,8 @@ pub enum DumpStage {
     /// The images are complete. The tree is still stopped, unless it is to run on and the listener does not care
     /// ([`DumpListener::sees_end`]).
     PostDump,
+    /// The tree stays stopped, and its pages can be fetched: only when they are not in the images ([`DumpOptions::lazy`](super::DumpOptions)).
+    StatusReady,
     /// The tree runs on, or will, and may answer its peers again.
     NetworkUnlock,
 }

@@ -114,7 +114,11 @@ impl Pages {
         &self.bytes()[range]
     }
 
-    fn part(&self, offset: u64, length: u64) -> Result<&[u8], FillError> {
+    /// A part, verified, and counted as taken.
+    ///
+    /// # Errors
+    /// [`FillError`], other than of writing.
+    pub fn part(&self, offset: u64, length: u64) -> Result<&[u8], FillError> {
         self.cancel.check()?;
         self.verify(offset, length)?;
         self.progress.add(length);

@@ -1,14 +1,19 @@
 //! The pages of an address space or of a shared object as images hold them, the chain of an incremental dump included.
 
-use crate::images::pagemap::{PagemapEntry, PagemapHead};
+use std::ops::Range;
+
+use crate::images::pagemap::{PagemapEntry, PagemapHead, page_flags};
 use crate::images::{DecodeError, ImageSet, Kind, Reader, SourceError};
 use crate::memory::fill::Pages;
 use crate::memory::pageset::{Level, PageSet};
+use crate::sys::PAGE_SIZE;
 
 /// Pages with their places.
 pub struct PageImages {
     /// Which pages there are.
     pub set: PageSet,
+    /// Which of them, and of those that are elsewhere, may come after the task runs: ascending, apart.
+    pub lazy: Vec<Range<u64>>,
     /// Their contents.
     pub pages: Pages,
 }
@@ -53,8 +58,17 @@ impl PageImages {
             .collect();
         let wrong = |problem| PageImagesError::Inconsistent { name: name.to_owned(), problem };
         let set = PageSet::decode(&levels).map_err(wrong)?;
-        Ok(Some(Self { set, pages }))
+        let lazy = pagemaps.first().map(|(entries, _)| lazy_ranges(entries)).unwrap_or_default();
+        Ok(Some(Self { set, lazy, pages }))
     }
+}
+
+/// What the entries, which have been decoded to runs, say to be lazy.
+fn lazy_ranges(entries: &[PagemapEntry]) -> Vec<Range<u64>> {
+    let is_lazy = |entry: &&PagemapEntry| {
+        entry.kind() & page_flags::LAZY != 0 && entry.kind() & page_flags::PARENT == 0 && entry.pages() > 0
+    };
+    entries.iter().filter(is_lazy).map(|entry| entry.vaddr..entry.vaddr + entry.pages() * PAGE_SIZE).collect()
 }
 
 fn decode(name: &str, kind: Kind, bytes: &[u8]) -> Result<(PagemapHead, Vec<PagemapEntry>), DecodeError> {

@@ -298,7 +298,11 @@ mod tests {
                 }
                 bytes.extend_from_slice(&[*byte; PAGE as usize]);
             }
-            Self { layout: Layout { mappings, ..Layout::default() }, pages: PageSet { runs }, bytes }
+            Self {
+                layout: Layout { mappings, ..Layout::default() },
+                pages: PageSet { runs, elsewhere: Vec::new() },
+                bytes,
+            }
         }
 
         fn memory(&self) -> Memory<'_> {

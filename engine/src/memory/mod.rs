@@ -8,6 +8,7 @@ pub mod fill;
 pub mod images;
 pub mod inherit;
 pub mod layout;
+pub mod lazy;
 pub mod mappings;
 pub mod pages;
 pub mod pageset;

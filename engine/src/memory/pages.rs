@@ -139,6 +139,13 @@ impl PageRuns {
         self.bytes() / PAGE_SIZE
     }
 
+    /// Where in the image the pages at the front of `range` are, and how many bytes of it follow there.
+    pub fn place(&self, range: &Range<u64>) -> Option<(u64, u64)> {
+        let index = self.runs.partition_point(|run| run.end <= range.start);
+        let run = self.runs.get(index).filter(|run| run.contains(&range.start))?;
+        Some((self.offsets[index] + (range.start - run.start), run.end.min(range.end) - range.start))
+    }
+
     /// The address ranges behind `len` bytes of the image from `offset`.
     pub fn ranges(&self, offset: u64, len: u64) -> Vec<Range<u64>> {
         let mut index = self.offsets.partition_point(|start| *start <= offset) - 1;
@@ -278,6 +285,8 @@ mod tests {
         assert_eq!(runs.ranges(0x1800, 0x1000), [0x2800..0x3000, 0x8000..0x8800]);
         assert_eq!(runs.ranges(0x2000, 0x1000), [0x8000..0x9000]);
         assert_eq!(runs.ranges(0x4fff, 1), [0xbfff..0xc000]);
+        assert_eq!(runs.place(&(0x8000..0xa000)), Some((0x2000, 0x1000)));
+        assert_eq!((runs.place(&(0xb000..0xc000)), runs.place(&(0x9000..0xc000))), (Some((0x4000, 0x1000)), None));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::images::pagemap::{PagemapEntry, page_flags};
 use crate::sys::PAGE_SIZE;
 
-use super::layout::ADDRESS_END;
+use super::layout::{ADDRESS_END, subtract};
 
 /// Pages that follow one another in the task and in the pages image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub struct PageRun {
 pub struct PageSet {
     /// The runs.
     pub runs: Vec<PageRun>,
+    /// Pages that the images say to be with the page server of their dump, ascending and apart from the runs.
+    pub elsewhere: Vec<Range<u64>>,
 }
 
 /// The pagemap of one image set of a chain.
@@ -39,6 +41,8 @@ pub struct Level<'a> {
 enum Place {
     Here(u64),
     Zeros,
+    /// Left with the page server of a dump.
+    Elsewhere,
     /// In a parent that lacks them. No damage unless somebody asks for them.
     Missing,
 }
@@ -73,7 +77,7 @@ impl Level<'_> {
                 }
                 parts.push(Part { range, place: Place::Here(self.start + offset) });
             } else if kind & page_flags::LAZY != 0 {
-                return Err(format!("the pages at {start:x} are with a page server, which is not supported yet"));
+                parts.push(Part { range, place: Place::Elsewhere });
             } else {
                 parts.push(Part { range, place: Place::Zeros });
             }
@@ -94,6 +98,8 @@ fn look_up(range: Range<u64>, below: &[Part], parts: &mut Vec<Part>) {
         }
         let place = match part.place {
             Place::Here(offset) => Place::Here(offset + (start - part.range.start)),
+            // The page server of a parent's dump has gone with that.
+            Place::Elsewhere => Place::Missing,
             other => other,
         };
         parts.push(Part { range: start..end, place });
@@ -120,6 +126,7 @@ impl PageSet {
             match place {
                 Place::Here(offset) => set.push(PageRun { range, offset }),
                 Place::Zeros => {}
+                Place::Elsewhere => set.elsewhere.push(range),
                 Place::Missing => {
                     let first = range.start;
                     return Err(format!("the pages at {first:x} should be in the parent images, which lack them"));
@@ -139,6 +146,17 @@ impl PageSet {
                 last.range.end = run.range.end;
             }
             _ => self.runs.push(run),
+        }
+    }
+
+    /// Takes `ranges`, ascending, out.
+    pub fn leave_out(&mut self, ranges: &[Range<u64>]) {
+        let runs = std::mem::take(&mut self.runs);
+        for run in runs {
+            for range in subtract(run.range.clone(), ranges) {
+                let offset = run.offset + (range.start - run.range.start);
+                self.runs.push(PageRun { range, offset });
+            }
         }
     }
 
@@ -212,6 +230,18 @@ mod tests {
     }
 
     #[test]
+    fn pages_with_a_page_server_are_elsewhere() {
+        let entries = [present(0x1000, 1), PagemapEntry::new(0x2000, 2, page_flags::LAZY), present(0x4000, 1)];
+        let mut set = PageSet::decode(&[level(&entries, 0, 2)]).unwrap();
+        assert_eq!(set.elsewhere, [0x2000..0x4000]);
+        assert_eq!(set.runs, [run(0x1000..0x2000, 0), run(0x4000..0x5000, 0x1000)]);
+        let asked = [in_parent(0x2000, 1)];
+        assert!(PageSet::decode(&[level(&asked, 0, 0), level(&entries, 0, 2)]).is_err(), "not those of a parent");
+        set.leave_out(&[0..0x1800, 0x4000..0x5000]);
+        assert_eq!(set.runs, [run(0x1800..0x2000, 0x800)]);
+    }
+
+    #[test]
     fn damage_is_an_error() {
         for bad in [
             vec![present(0x1001, 1)],
@@ -220,7 +250,6 @@ mod tests {
             vec![present(0x2000, 1), present(0x1000, 1)],
             vec![in_parent(0x1000, 1)],
             vec![in_parent(0x1000, u64::MAX / PAGE_SIZE)],
-            vec![PagemapEntry::new(0x1000, 1, page_flags::LAZY)],
             vec![present(u64::MAX - 0xfff, 1)],
         ] {
             assert!(PageSet::decode(&[level(&bad, 0, 2)]).is_err(), "{bad:?}");

@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 use nix::sched::sched_getcpu;
 
 use crate::cancel::Cancel;
-use crate::images::pagemap::PagemapEntry;
 use crate::memory::mappings::{self, Kind, Mapping};
 use crate::memory::pages::{PageRuns, ProcessPages};
 use crate::memory::parent::{ParentMemory, equal_pages, page_count, without};
@@ -42,11 +41,6 @@ pub struct Found {
 }
 
 impl Found {
-    /// The entries of the pagemap image.
-    pub fn entries(&self) -> Vec<PagemapEntry> {
-        PagemapEntry::of_runs(self.runs.runs(), &self.in_parent)
-    }
-
     /// How many pages are left to the parent images.
     pub fn pages_in_parent(&self) -> u64 {
         page_count(&self.in_parent)

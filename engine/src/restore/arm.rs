@@ -136,6 +136,9 @@ impl Restore<'_> {
         if let Some(memory) = &images.memory {
             let thp = memory.mm.thp_disabled.unwrap_or(false);
             identity::restore_memory_flags(&mut batch, memory.mm.dumpable, thp, &mut checks);
+            if self.is_lazy() && !thp {
+                batch.call(libc::SYS_prctl, &[libc::PR_SET_THP_DISABLE as u64, 0]);
+            }
         }
         if !batch.is_empty() {
             checks.verify(thread.host, &batch.run()?)?;

@@ -4,6 +4,7 @@
 //! has its core, the leader's first; every living task has its memory; page runs lie within the pages image.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use super::error::RestoreError;
 use crate::cancel::Cancel;
@@ -22,6 +23,7 @@ use crate::images::{ImageSet, Kind, SourceError};
 use crate::memory::images::PageImages;
 use crate::memory::inherit::Memory;
 use crate::memory::layout::Layout;
+use crate::memory::parent::{common, without};
 use crate::progress::Progress;
 use crate::sys::NsPid;
 
@@ -33,6 +35,8 @@ pub struct MemoryImages {
     pub layout: Layout,
     /// Pages.
     pub pages: PageImages,
+    /// Those of them that come after the task runs, ascending.
+    pub later: Vec<Range<u64>>,
 }
 
 impl MemoryImages {
@@ -157,8 +161,38 @@ impl Checkpoint {
         numbers.sort_unstable();
         numbers.dedup();
         for number in numbers {
-            if let Some(pages) = PageImages::read(images, &Kind::ShmemPagemap.name_for(number), Kind::ShmemPagemap)? {
+            let name = Kind::ShmemPagemap.name_for(number);
+            if let Some(pages) = PageImages::read(images, &name, Kind::ShmemPagemap)? {
+                if !pages.set.elsewhere.is_empty() {
+                    let problem = "it leaves shared pages to a page server, which no dump does: damaged".to_owned();
+                    return Err(RestoreError::Inconsistent { name, problem });
+                }
                 self.shared.insert(number, pages);
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves pages that the images call lazy for later, where mappings are of such that may wait.
+    ///
+    /// # Errors
+    /// Pages are not there that must be: all of them, unless `lazily`.
+    pub fn part_memory(&mut self, lazily: bool) -> Result<(), RestoreError> {
+        for task in &mut self.tasks {
+            let Some(memory) = &mut task.memory else { continue };
+            if lazily {
+                let may_wait = memory.layout.mappings.iter().filter(|mapping| mapping.can_be_lazy());
+                let may_wait: Vec<Range<u64>> = may_wait.map(|mapping| mapping.range.clone()).collect();
+                memory.later = common(&memory.pages.lazy, &may_wait);
+                memory.pages.set.leave_out(&memory.later);
+            }
+            if let Some(range) = without(&memory.pages.set.elsewhere, &memory.later).first() {
+                let name = Kind::Pagemap.name_for(task.pid.0 as u64);
+                let problem = format!(
+                    "the pages at {:x} are with the page server of the dump: start `lazy-pages --page-server` and restore with --lazy-pages",
+                    range.start
+                );
+                return Err(RestoreError::Inconsistent { name, problem });
             }
         }
         Ok(())
@@ -310,5 +344,5 @@ fn read_memory(images: &ImageSet, pid: u32, memfds: &HashMap<u32, u64>) -> Resul
             at = end;
         }
     }
-    Ok(MemoryImages { mm, layout, pages })
+    Ok(MemoryImages { mm, layout, pages, later: Vec::new() })
 }

@@ -65,6 +65,12 @@ pub enum RestoreError {
     /// Ferry itself could not do something.
     #[error("cannot {step}: {errno}")]
     Own { step: &'static str, errno: Errno },
+    /// The daemon that brings pages.
+    #[error(
+        "the daemon that brings lazy pages ({}) is gone: {problem}; start one with `lazy-pages` for these images",
+        crate::lazy::handshake::SOCKET
+    )]
+    Lazy { problem: String },
     /// It was given up.
     #[error("the restore was given up: {0}; nothing of it is left")]
     Interrupted(Interrupted),

@@ -75,6 +75,7 @@ impl Restore<'_> {
             script.must("take it back", "rseq registration", libc::SYS_rseq, &arguments);
         }
         self.die_with_parent(&mut script);
+        self.forbid_huge_pages(&mut script);
         self.live.run(vec![(0, script)]).map(drop)
     }
 

@@ -2,14 +2,17 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump, dump_telling, pre_dump};
+use ferry_engine::dump::{After, DumpError, DumpListener, DumpOptions, DumpStage, Dumped, dump_telling, pre_dump};
 use ferry_engine::fault::Faults;
 use ferry_engine::images::{ArchiveSink, Content, FolderOptions, FolderSink, Manifest, Sink, SinkError};
+use ferry_engine::lazy::offer::PageOffer;
 use ferry_engine::sys::{HostPid, PAGE_SIZE};
 use libcontainer::oci_spec::runtime::Spec;
 use serde_json::json;
@@ -18,6 +21,7 @@ use super::layer::Layer;
 use super::{CheckpointArgs, Compression, Destination, Plan, Summary};
 use crate::archive::{Compressor, Counter, NewFile};
 use crate::criu::remote::{Server, send_to};
+use crate::criu::tell_ready;
 use crate::failure::Failure;
 use crate::progress::Bar;
 use crate::state::Container;
@@ -40,7 +44,12 @@ pub fn dump_container(plan: &Plan) -> Result<Summary, Failure> {
         }
         Destination::Stream(method) => into_archive(plan, pid, &options, stdout()?, None, *method)?,
     };
-    Ok(Summary { processes: dumped.processes, memory: dumped.pages * PAGE_SIZE, pause: dumped.frozen, size })
+    Ok(Summary {
+        processes: dumped.processes,
+        memory: (dumped.pages + dumped.lazy_pages) * PAGE_SIZE,
+        pause: dumped.frozen,
+        size,
+    })
 }
 
 /// What the engine is to do with the container.
@@ -59,6 +68,12 @@ pub fn options(container: &Container, spec: &Spec, args: &CheckpointArgs) -> Res
         faults: Faults::new(args.fault.iter().copied()),
         ..DumpOptions::default()
     };
+    if let Some(place) = args.page_server.as_deref().filter(|_| args.lazy_pages && !args.check) {
+        let listener = TcpListener::bind(place).map_err(|error| {
+            Failure::from(error).context(format!("--page-server {place}: cannot serve pages there"))
+        })?;
+        options.lazy = Some(Arc::new(PageOffer::Listener(listener)));
+    }
     options.files.file_locks = args.file_locks || config.file_locks;
     options.files.ghost_limit = config.ghost_limit.unwrap_or(options.files.ghost_limit);
     options.files.skipped_mounts = config.skipped_mounts.clone();
@@ -112,10 +127,15 @@ fn into_folder(plan: &Plan, pid: i32, mut options: DumpOptions, folder: &Path) -
         fs::write(&descriptors, stdio_json(pid)).map_err(cannot_write(&descriptors))?;
         let sink = FolderSink::open(folder, FolderOptions::default())?.with_parent(parent);
         let sink = sink.noted_in(options.journal.clone(), folder);
-        let server = plan.args.page_server.as_deref().map(Server::parse).transpose()?;
-        let mut sink = send_to(server, sink, &mut options)?;
-        let save = if plan.args.pre_dump { pre_dump } else { dump };
-        let dumped = save(HostPid(pid), &mut *sink, &options).map_err(explain)?;
+        // With lazy pages it says where they are fetched.
+        let server = plan.args.page_server.as_deref().filter(|_| !plan.args.lazy_pages);
+        let mut sink = send_to(server.map(Server::parse).transpose()?, sink, &mut options)?;
+        let dumped = if plan.args.pre_dump {
+            pre_dump(HostPid(pid), &mut *sink, &options)
+        } else {
+            dump_telling(HostPid(pid), &mut *sink, &options, &mut Ready(plan.args.status_fd))
+        };
+        let dumped = dumped.map_err(explain)?;
         let work = plan.work.as_deref().unwrap_or(folder);
         let stats = work.join("stats-dump");
         let written = fs::create_dir_all(work).and_then(|()| fs::write(&stats, dumped.stats_image()));
@@ -132,6 +152,18 @@ fn into_folder(plan: &Plan, pid: i32, mut options: DumpOptions, folder: &Path) -
         }
     }
     result
+}
+
+/// Tells whoever gave the descriptor that pages can be fetched.
+struct Ready(i32);
+
+impl DumpListener for Ready {
+    fn reached(&mut self, stage: DumpStage, _: HostPid) -> Result<(), String> {
+        if stage != DumpStage::StatusReady || self.0 < 0 {
+            return Ok(());
+        }
+        tell_ready(self.0).map_err(|failure| failure.to_string())
+    }
 }
 
 /// Writes an archive into `file`, which becomes `new` when it is complete.

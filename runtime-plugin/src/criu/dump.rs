@@ -1,5 +1,6 @@
 //! `criu dump` and `criu pre-dump`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_engine::dump::{After, DumpError, DumpOptions, Dumped, dump_telling, pre_dump};
@@ -60,7 +61,8 @@ fn begin(options: &Options, dump_options: &mut DumpOptions, worker: &Worker) -> 
     let parent = previous.map(|previous| previous::take(folder, previous, dump_options)).transpose()?;
     let sink = FolderSink::open(folder, FolderOptions::default())?.with_parent(parent);
     let sink = sink.noted_in(dump_options.journal.clone(), folder);
-    let server = options.page_server.then(|| Server::of(options)).transpose()?;
+    // With lazy pages it says where they are fetched.
+    let server = (options.page_server && !options.lazy_pages).then(|| Server::of(options)).transpose()?;
     remote::send_to(server, sink, dump_options)
 }
 
@@ -129,6 +131,9 @@ pub fn dump_options(options: &Options) -> Result<DumpOptions, Failure> {
     }
     if let Some(limit) = &options.ghost_limit {
         dump.files.ghost_limit = parse_size(limit)?;
+    }
+    if options.lazy_pages {
+        dump.lazy = Some(Arc::new(super::lazy::offer(options)?));
     }
     dump.cgroups = super::cgroups::options(options)?;
     dump.track_memory = options.track_mem;

@@ -40,6 +40,8 @@ pub trait Client: Notifier {
 pub struct Listeners<'a> {
     scripts: ActionScripts,
     client: Option<&'a dyn Client>,
+    /// What gets a zero byte when pages can be fetched.
+    status_descriptor: Option<i32>,
 }
 
 impl<'a> Listeners<'a> {
@@ -51,7 +53,7 @@ impl<'a> Listeners<'a> {
             image_directory: Some(std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned())),
             timeout: None,
         };
-        Self { scripts, client }
+        Self { scripts, client, status_descriptor: options.status_fd }
     }
 
     /// Tells everyone.
@@ -92,6 +94,12 @@ impl DumpListener for Listeners<'_> {
             DumpStage::PreDump => Event::PreDump,
             DumpStage::NetworkLock => Event::NetworkLock,
             DumpStage::PostDump => Event::PostDump,
+            DumpStage::StatusReady => {
+                if let Some(number) = self.status_descriptor {
+                    super::tell_ready(number).map_err(|failure| failure.to_string())?;
+                }
+                Event::StatusReady
+            }
             DumpStage::NetworkUnlock => Event::NetworkUnlock,
         };
         self.tell(event, Some(root)).map_err(|failure| failure.to_string())

@@ -10,6 +10,7 @@ pub mod config;
 mod cpuinfo;
 mod dump;
 mod freezer;
+mod lazy;
 mod listen;
 mod log;
 pub mod lsm;
@@ -125,8 +126,10 @@ fn run(options: &Options) -> Outcome {
         "service" => rpc::service(options),
         "exec" => Err(Failure::new("the command exec is not part of CRIU 4 any more, nor of ferry")),
         "show" => Err(Failure::new("the command show is not part of CRIU 4 any more: crit decode shows images")),
+        "lazy-pages" => lazy::run(&begin(options)?),
+        "page-server" if options.lazy_pages => lazy::serve_images(&begin(options)?),
         "page-server" => page_server::run(options),
-        "lazy-pages" | "dedup" => Err(Failure::new(format!("ferry does not support the command {command} yet"))),
+        "dedup" => Err(Failure::new(format!("ferry does not support the command {command} yet"))),
         other => {
             Err(Failure::new(format!("unknown command {other}: use dump, pre-dump, restore or check; see criu --help")))
         }
@@ -157,6 +160,9 @@ fn begin(options: &Options) -> Result<Options, Failure> {
     let misplaced = of_restores.iter().find(|(_, given)| *given && options.command.as_deref() != Some("restore"));
     if let Some((name, _)) = misplaced {
         return Err(Failure::new(format!("{name} is for restore only")));
+    }
+    if options.lazy_pages && options.command.as_deref() == Some("pre-dump") {
+        return Err(Failure::new("--lazy-pages is not for pre-dump: it is memory that a pre-dump writes"));
     }
     if options.prev_images_dir.is_some() && options.command.as_deref() == Some("restore") {
         return Err(Failure::new(
@@ -215,12 +221,17 @@ fn ready(options: &Options, pid: u32) -> Result<(), Failure> {
         write_new(file, pid.to_string().as_bytes())
             .map_err(|error| Failure::from(error).context(format!("--pidfile {}", file.display())))?;
     }
-    if let Some(number) = options.status_fd {
-        let told = descriptor::take(number).map_err(io::Error::from);
-        told.and_then(|told| File::from(told).write_all(&[0]))
-            .map_err(|error| Failure::from(error).context(format!("--status-fd {number}")))?;
-    }
-    Ok(())
+    options.status_fd.map_or(Ok(()), tell_ready)
+}
+
+/// Writes the byte that says that others may begin.
+///
+/// # Errors
+/// The descriptor is none that can be written to.
+pub fn tell_ready(number: i32) -> Result<(), Failure> {
+    let told = descriptor::take(number).map_err(io::Error::from);
+    told.and_then(|status| File::from(status).write_all(&[0]))
+        .map_err(|error| Failure::from(error).context(format!("--status-fd {number}: nothing can be written there")))
 }
 
 /// Where logs and statistics go.

@@ -326,7 +326,7 @@ impl Options {
     /// Words that only permit something (`--tcp-close`, `--link-remap`, …) are not among it: clients give them to every
     /// container. What needs them is refused where it is found.
     pub fn unsupported(&self) -> Vec<&'static str> {
-        let asked = [("--lazy-pages", self.lazy_pages), ("--stream", self.stream), ("--tls", self.tls)];
+        let asked = [("--stream", self.stream), ("--tls", self.tls)];
         asked.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
     }
 }
@@ -386,7 +386,9 @@ mod tests {
 
     #[test]
     fn what_is_not_there_yet_is_named() {
-        assert_eq!(parse("dump -t 1 --lazy-pages --tls").unsupported(), ["--lazy-pages", "--tls"]);
+        assert_eq!(parse("dump -t 1 --stream --tls").unsupported(), ["--stream", "--tls"]);
+        assert!(parse("dump -t 1 --lazy-pages --page-server").unsupported().is_empty());
+        assert!(parse("lazy-pages --page-server").unsupported().is_empty());
         assert!(parse("dump -t 1 --tcp-established").unsupported().is_empty());
     }
 

@@ -86,6 +86,7 @@ fn restore_options<'a>(options: &Options) -> Result<RestoreOptions<'a>, Failure>
         shell_job: options.shell_job,
         terminal: crate::own_terminal::own_terminal(options.shell_job)?,
         sibling: options.restore_sibling,
+        lazy: options.lazy_pages.then(|| super::lazy::daemon(options)).transpose()?,
         leave_stopped: options.leave_stopped,
         cancel: ending::cancel(),
         faults: Faults::new(options.fault.iter().copied()),

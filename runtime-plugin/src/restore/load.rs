@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use ferry_engine::fault::Faults;
 use ferry_engine::file_tree::{DELETED_FILES, ROOTFS_DIFF};
 use ferry_engine::images::{FolderSource, ImageSet, RawRegion, Source as ImageSource};
+use ferry_engine::lazy::handshake::{Daemon, SOCKET};
 use ferry_engine::namespaces::RestoreNamespaceOptions;
 use ferry_engine::restore::{RestoreOptions, Stage, TakeTerminal, restore};
 use ferry_engine::sys::HostPid;
@@ -72,6 +73,7 @@ pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(),
         terminal_master: plan.console.socket().map(|_| -> TakeTerminal<'_> {
             Box::new(|master| plan.console.pass(&master).map_err(|error| error.to_string()))
         }),
+        lazy: plan.args.lazy_pages.then(|| daemon(plan)).transpose()?,
         cancel: ending::cancel(),
         faults: Faults::new(plan.args.fault.iter().copied()),
         ..RestoreOptions::default()
@@ -87,6 +89,20 @@ pub fn restore_tree(plan: &Plan, complete: &mut dyn FnMut(HostPid) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// The daemon that brings pages.
+fn daemon(plan: &Plan) -> Result<Daemon, Failure> {
+    let Source::Folder(folder) = &plan.source else {
+        return Err(Failure::new("--lazy-pages goes with --image-path: ferry criu lazy-pages reads folders of images"));
+    };
+    let folder = plan.work.as_ref().unwrap_or(folder);
+    Daemon::connect(folder).map_err(|error| {
+        Failure::from(error).context(format!(
+            "--lazy-pages: nobody answers at {}: start ferry criu lazy-pages for the same images first",
+            folder.join(SOCKET).display()
+        ))
+    })
 }
 
 /// A checkpoint, opened.

@@ -384,7 +384,7 @@ fn version() -> Answer {
 fn features(asked: Features) -> Answer {
     let features = Features {
         mem_track: Some(asked.mem_track == Some(true)),
-        lazy_pages: Some(false),
+        lazy_pages: Some(asked.lazy_pages == Some(true) && ferry_engine::lazy::is_possible()),
         // pidfd_open(2) and pidfd_getfd(2) are older than any kernel that ferry runs on.
         pidfd_store: Some(asked.pidfd_store == Some(true)),
     };

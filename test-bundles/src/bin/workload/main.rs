@@ -13,6 +13,7 @@ mod filesystem;
 mod fork_memory;
 mod freezing;
 mod household;
+mod lazy;
 mod locks;
 mod mappings;
 mod memory;
@@ -80,6 +81,7 @@ fn groups() -> Vec<&'static [Workload]> {
         workloads!(rewritten: rewritten_pages, rewritten_discarded, rewritten_mapped_anew, rewritten_moved),
         workloads!(rewritten: rewritten_by_kernel, rewritten_files, rewritten_by_relatives, rewritten_protected),
         workloads!(rewritten: rewritten_huge, rewritten_grown, rewritten_shared),
+        workloads!(lazy: lazy_forks, lazy_moves, lazy_discards, lazy_executes, lazy_threads, lazy_wiped),
         workloads!(filesystem: regular_files, append_file, shared_offset, directory, deleted_file, deleted_linked_file),
         workloads!(filesystem: path_descriptor, file_replaced, unix_permissions),
         workloads!(descriptors: sparse_numbers, close_on_exec, duplicates, many_files, shared_table),
