@@ -397,7 +397,7 @@ fn main() {
     // A test adopts and reaps orphans: one at a time in a process.
     arguments.test_threads = Some(1);
     let mut trials = Vec::new();
-    for action in ["error", "kill", "kill-parent"] {
+    for action in ["error", "kill", "kill-parent", "kill-both"] {
         trials.push(Trial::test(format!("every_point::{action}"), move || matrix(action).map_err(Into::into)));
         trials.push(Trial::test(format!("complete::{action}"), move || complete(action).map_err(Into::into)));
         trials.push(Trial::test(format!("container::{action}"), move || container(action).map_err(Into::into)));
@@ -415,5 +415,8 @@ fn main() {
     plain("target_dies", target_dies);
     plain("target_changes", target_changes);
     plain("torture", || torture::torture(&torture::Plan::of_environment()?));
+    plain("torture_both", || {
+        torture::torture(&torture::Plan { whom: torture::Whom::Both, ..torture::Plan::of_environment()? })
+    });
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 
 use super::arch;
 use super::inject::call_once;
-use crate::journal::{AreaNote, Changed, ThreadNote};
+use crate::journal::{AreaNote, Changed, Place, ThreadNote};
 use crate::procfs;
 use crate::sys::HostPid;
 use crate::sys::ptrace;
@@ -41,8 +41,9 @@ pub(crate) enum RecoverError {
     Unmap { range: std::ops::Range<u64>, source: super::AgentError },
 }
 
-/// Puts one process right.
-pub(crate) fn recover(area: &AreaNote, notes: &[ThreadNote]) -> Result<(), RecoverError> {
+/// Puts one process right. `done` is told each note of a thread that is its own self again, before the thread runs on: what it
+/// changes from then on is not to be put back.
+pub(crate) fn recover(area: &AreaNote, notes: &[ThreadNote], done: &dyn Fn(Place)) -> Result<(), RecoverError> {
     let mut stopped = Stopped(Vec::new());
     let deadline = Instant::now() + PATIENCE;
     for tid in procfs::threads(area.leader).map_err(RecoverError::List)? {
@@ -57,6 +58,7 @@ pub(crate) fn recover(area: &AreaNote, notes: &[ThreadNote]) -> Result<(), Recov
     for note in notes.iter().filter(|note| stopped.0.contains(&note.tid)) {
         let failed = |errno| RecoverError::Registers { tid: note.tid, errno };
         put_right(&mut area, note).map_err(failed)?;
+        done(note.place);
     }
     // A leader that has exited while its threads run on runs nothing any more.
     match stopped.0.iter().find(|tid| !is_zombie(**tid)) {
