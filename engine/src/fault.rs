@@ -52,6 +52,8 @@ pub enum DumpStep {
     Unmapping,
     /// No agent and no area is in a process any more.
     Left,
+    /// A process has a userfaultfd that ferry is about to take away. Met by pre-dumps alone.
+    Descriptor,
     /// The pages of one process or object are to be written.
     Pages,
     /// The records of one process are to be written.
@@ -72,6 +74,7 @@ impl DumpStep {
         Self::Unmap,
         Self::Unmapping,
         Self::Left,
+        Self::Descriptor,
         Self::Pages,
         Self::Records,
     ];

@@ -85,6 +85,8 @@ pub(crate) struct AreaNote {
     pub leader: HostPid,
     pub range: std::ops::Range<u64>,
     pub foothold: Foothold,
+    /// The number of a userfaultfd that the process may have from ferry.
+    pub userfaultfd: Option<u32>,
 }
 
 /// The place of a note.
@@ -125,6 +127,7 @@ impl Journal {
         let landing = foothold.landing.map_or((0, 0), |landing| (landing.at.0, landing.jump as u64 + 1));
         self.put(place, 32, &landing.0.to_ne_bytes());
         self.put(place, 40, &landing.1.to_ne_bytes());
+        self.userfaultfd(place, None);
         self.set(place, 1);
         Some(place)
     }
@@ -132,6 +135,11 @@ impl Journal {
     /// Notes where the area was mapped.
     pub(crate) fn mapped(&self, area: Place, start: u64) {
         self.put(area, 8, &start.to_ne_bytes());
+    }
+
+    /// Notes the number that a userfaultfd will have which the process is to make, or that it is closed again.
+    pub(crate) fn userfaultfd(&self, area: Place, number: Option<u32>) {
+        self.put(area, 48, &number.map_or(0, |number| u64::from(number) + 1).to_ne_bytes());
     }
 
     /// Notes what a thread is, before its registers are changed. None when there is no room.
@@ -263,7 +271,8 @@ impl Journal {
             let jump = SelfJump::ALL.iter().copied().find(|jump| *jump as u64 + 1 == self.get(place, 40));
             let landing = jump.map(|jump| Landing { at: RemoteAddr(self.get(place, 32)), jump });
             let foothold = Foothold { syscall_at: RemoteAddr(self.get(place, 24)), landing };
-            AreaNote { place, leader, range: start..start.saturating_add(len), foothold }
+            let userfaultfd = self.get(place, 48).checked_sub(1).and_then(|number| u32::try_from(number).ok());
+            AreaNote { place, leader, range: start..start.saturating_add(len), foothold, userfaultfd }
         })
     }
 
@@ -363,5 +372,9 @@ mod tests {
         journal.mapped(area, 0x1000);
         let note = journal.area_note(0).unwrap();
         assert_eq!((note.leader, note.range, note.foothold), (HostPid(7), 0x1000..0x4000, foothold));
+        journal.userfaultfd(area, Some(0));
+        assert_eq!((note.userfaultfd, journal.area_note(0).unwrap().userfaultfd), (None, Some(0)));
+        journal.userfaultfd(area, None);
+        assert_eq!(journal.area_note(0).unwrap().userfaultfd, None);
     }
 }
