@@ -52,6 +52,8 @@ pub enum DumpStep {
     Unmapping,
     /// No agent and no area is in a process any more.
     Left,
+    /// A process has a userfaultfd that ferry is about to take away. Met by pre-dumps alone.
+    Descriptor,
     /// The pages of one process or object are to be written.
     Pages,
     /// The records of one process are to be written.
@@ -72,6 +74,7 @@ impl DumpStep {
         Self::Unmap,
         Self::Unmapping,
         Self::Left,
+        Self::Descriptor,
         Self::Pages,
         Self::Records,
     ];
@@ -145,6 +148,8 @@ pub enum Action {
     Kill,
     /// This process's parent is killed, and this process goes on once it is gone.
     KillParent,
+    /// This process and its parent are killed at once.
+    KillBoth,
     /// This process is asked to end (SIGTERM).
     Ask,
     /// It takes that much longer.
@@ -153,7 +158,7 @@ pub enum Action {
 
 /// One fault: what goes wrong, where, and at which meeting of the point (from 1).
 ///
-/// Written `POINT[:N]=ACTION`, where ACTION is `error`, `kill`, `kill-parent`, `ask` or `delay:MILLISECONDS`.
+/// Written `POINT[:N]=ACTION`, where ACTION is `error`, `kill`, `kill-parent`, `kill-both`, `ask` or `delay:MILLISECONDS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Where.
@@ -168,7 +173,9 @@ impl FromStr for Fault {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || format!("{text} is no fault: POINT[:N]=error|kill|kill-parent|ask|delay:MILLISECONDS is wanted");
+        let bad = || {
+            format!("{text} is no fault: POINT[:N]=error|kill|kill-parent|kill-both|ask|delay:MILLISECONDS is wanted")
+        };
         let (place, action) = text.split_once('=').ok_or_else(bad)?;
         let (name, occurrence) = match place.split_once(':') {
             Some((name, number)) => (name, number.parse().ok().filter(|number| *number > 0).ok_or_else(bad)?),
@@ -180,6 +187,7 @@ impl FromStr for Fault {
             ("error", _) => Action::Error,
             ("kill", _) => Action::Kill,
             ("kill-parent", _) => Action::KillParent,
+            ("kill-both", _) => Action::KillBoth,
             ("ask", _) => Action::Ask,
             (_, Some(("delay", time))) => Action::Delay(Duration::from_millis(time.parse().map_err(|_| bad())?)),
             _ => return Err(bad()),
@@ -256,6 +264,10 @@ fn act(action: Action, point: Point) -> Result<(), InjectedFault> {
             while getppid() == parent && start.elapsed() < Duration::from_secs(5) {
                 sleep(Duration::from_micros(100));
             }
+        }
+        Action::KillBoth => {
+            let _ = kill(getppid(), Signal::SIGKILL);
+            let _ = kill(Pid::this(), Signal::SIGKILL);
         }
         Action::Ask => {
             let _ = kill(Pid::this(), Signal::SIGTERM);

@@ -5,7 +5,9 @@
 //! the dump's process is gone, undoes what is noted: tasks get their registers and signal masks back, the agents' areas are unmapped, images
 //! of an unfinished set are removed, and a tree that was being ended, its images complete, is ended.
 //!
-//! There is one writer and, after its death, one reader; each note is complete before the word that makes it valid is stored.
+//! There is one writer and, after its death, one reader; each note is complete before the word that makes it valid is stored. What is undone
+//! is forgotten, so that whoever watches over the watcher can go on where that was killed too. A journal that is closed
+//! ([`Journal::close`]) asks for nothing any more.
 //! Pages of the journal that nobody writes to take no memory.
 
 use std::ffi::OsStr;
@@ -24,9 +26,10 @@ use crate::procfs::Stat;
 use crate::sys::shared::SharedMemory;
 use crate::sys::{HostPid, RemoteAddr};
 
-/// Words of the first page: how many bytes of paths there are, and how many processes are being ended.
+/// Words of the first page: how many bytes of paths there are, how many processes are being ended, and whether it is closed.
 const PATHS_USED: usize = 0;
 const ENDING_USED: usize = 4;
+const CLOSED: usize = 8;
 
 /// Areas that can be in tasks at the same time.
 const AREAS: Table = Table { start: 0x1000, entry: 64, count: 64 };
@@ -68,6 +71,7 @@ pub(crate) enum Changed {
 /// A thread as noted.
 #[derive(Clone, Copy)]
 pub(crate) struct ThreadNote {
+    pub place: Place,
     pub tid: HostPid,
     pub changed: Changed,
     pub mask: u64,
@@ -77,9 +81,12 @@ pub(crate) struct ThreadNote {
 /// An area as noted; its start is 0 until it is mapped.
 #[derive(Clone, Debug)]
 pub(crate) struct AreaNote {
+    pub place: Place,
     pub leader: HostPid,
     pub range: std::ops::Range<u64>,
     pub foothold: Foothold,
+    /// The number of a userfaultfd that the process may have from ferry.
+    pub userfaultfd: Option<u32>,
 }
 
 /// The place of a note.
@@ -120,6 +127,7 @@ impl Journal {
         let landing = foothold.landing.map_or((0, 0), |landing| (landing.at.0, landing.jump as u64 + 1));
         self.put(place, 32, &landing.0.to_ne_bytes());
         self.put(place, 40, &landing.1.to_ne_bytes());
+        self.userfaultfd(place, None);
         self.set(place, 1);
         Some(place)
     }
@@ -127,6 +135,11 @@ impl Journal {
     /// Notes where the area was mapped.
     pub(crate) fn mapped(&self, area: Place, start: u64) {
         self.put(area, 8, &start.to_ne_bytes());
+    }
+
+    /// Notes the number that a userfaultfd will have which the process is to make, or that it is closed again.
+    pub(crate) fn userfaultfd(&self, area: Place, number: Option<u32>) {
+        self.put(area, 48, &number.map_or(0, |number| u64::from(number) + 1).to_ne_bytes());
     }
 
     /// Notes what a thread is, before its registers are changed. None when there is no room.
@@ -182,6 +195,16 @@ impl Journal {
         self.memory.word(ENDING_USED).store(count as u32, Ordering::Release);
     }
 
+    /// Nothing is to be undone any more: all is in order, or what could be undone was.
+    pub fn close(&self) {
+        self.memory.word(CLOSED).store(1, Ordering::Release);
+    }
+
+    /// Whether nothing is to be undone any more.
+    pub fn is_closed(&self) -> bool {
+        self.memory.word(CLOSED).load(Ordering::Acquire) != 0
+    }
+
     /// Undoes what is noted. To be called once the process that wrote it is gone; what could not be undone is told.
     pub fn repair(&self) -> Repaired {
         let mut repaired = Repaired::default();
@@ -190,8 +213,9 @@ impl Journal {
         let areas: Vec<AreaNote> = (0..AREAS.count).filter_map(|index| self.area_note(index)).collect();
         for area in &areas {
             repaired.tasks += 1;
-            if let Err(problem) = recover::recover(area, &threads) {
-                repaired.left.push(format!("process {}: {problem}", area.leader));
+            match recover::recover(area, &threads, &|thread| self.forget(thread)) {
+                Ok(()) => self.forget(area.place),
+                Err(problem) => repaired.left.push(format!("process {}: {problem}", area.leader)),
             }
         }
         for path in self.paths().into_iter().rev() {
@@ -247,7 +271,8 @@ impl Journal {
             let jump = SelfJump::ALL.iter().copied().find(|jump| *jump as u64 + 1 == self.get(place, 40));
             let landing = jump.map(|jump| Landing { at: RemoteAddr(self.get(place, 32)), jump });
             let foothold = Foothold { syscall_at: RemoteAddr(self.get(place, 24)), landing };
-            AreaNote { leader, range: start..start.saturating_add(len), foothold }
+            let userfaultfd = self.get(place, 48).checked_sub(1).and_then(|number| u32::try_from(number).ok());
+            AreaNote { place, leader, range: start..start.saturating_add(len), foothold, userfaultfd }
         })
     }
 
@@ -266,7 +291,7 @@ impl Journal {
         let mut bytes = [0; REGISTERS];
         self.memory.read(place.0 + 16, &mut bytes);
         let registers = arch::from_bytes(&bytes);
-        Some(Some(ThreadNote { tid, changed, mask: self.get(place, 8), registers }))
+        Some(Some(ThreadNote { place, tid, changed, mask: self.get(place, 8), registers }))
     }
 
     /// The first place from `from` on that no valid note takes.
@@ -347,5 +372,9 @@ mod tests {
         journal.mapped(area, 0x1000);
         let note = journal.area_note(0).unwrap();
         assert_eq!((note.leader, note.range, note.foothold), (HostPid(7), 0x1000..0x4000, foothold));
+        journal.userfaultfd(area, Some(0));
+        assert_eq!((note.userfaultfd, journal.area_note(0).unwrap().userfaultfd), (None, Some(0)));
+        journal.userfaultfd(area, None);
+        assert_eq!(journal.area_note(0).unwrap().userfaultfd, None);
     }
 }

@@ -293,7 +293,7 @@ fn make_descriptor(
     let (pid, context) = (process.pid, &process.threads[0].context);
     let foothold = Landings::default().foothold(pid, mapped)?;
     let agents = Injected::new(pid, context, foothold, 0, list, overseer)?;
-    let made = ask_for_descriptor(&agents, pid);
+    let made = ask_for_descriptor(&agents, pid, overseer);
     let left = agents.leave();
     list.clear();
     left?;
@@ -307,12 +307,30 @@ fn make_descriptor(
     })
 }
 
-fn ask_for_descriptor(agents: &Injected<'_>, pid: HostPid) -> Result<Option<OwnedFd>, AgentError> {
+/// If ferry is killed while the process has the descriptor, whoever watches over it has the process close it.
+fn ask_for_descriptor(
+    agents: &Injected<'_>,
+    pid: HostPid,
+    overseer: Overseer<'_>,
+) -> Result<Option<OwnedFd>, AgentError> {
+    agents.note_userfaultfd(lowest_free_descriptor(pid).ok());
     let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | userfaultfd::USER_MODE_ONLY;
     let number = agents.leader().call(libc::SYS_userfaultfd, &[flags])?;
+    let passed = (overseer.pass)(DumpStep::Descriptor);
     let taken = pidfd::open(pid).and_then(|process| pidfd::get_fd(process.as_fd(), number as i32));
     agents.leader().call(libc::SYS_close, &[number])?;
+    agents.note_userfaultfd(None);
+    passed?;
     Ok(taken.and_then(|taken| userfaultfd::handshake_to_track(&taken).map(|()| taken)).ok())
+}
+
+/// The number that the next descriptor of a stopped process will have (open(2)).
+fn lowest_free_descriptor(pid: HostPid) -> io::Result<u32> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd"))?;
+    let mut numbers: Vec<u32> = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    numbers.sort_unstable();
+    let free = (0..).zip(&numbers).find(|(free, number)| free != *number).map(|(free, _)| free);
+    Ok(free.unwrap_or(numbers.len() as u32))
 }
 
 /// Registers the private memory of a process, and protects what is in it.

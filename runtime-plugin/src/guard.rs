@@ -9,6 +9,8 @@
 //! - A signal asks the watcher to end (SIGTERM, SIGINT, SIGHUP): it passes it on, and the worker gives up. A worker that does not get to its
 //!   end within [`GRACE`] is killed, which is the case before.
 //!
+//! - Both are killed at once: a third process does what the watcher would have done ([`crate::guardian`]).
+//!
 //! The worker has a session of its own, so that a signal to ferry's process group, as of a terminal, meets the watcher alone. Both
 //! are single-threaded at the fork. What the worker prints and how it exits is what the command prints and how it exits.
 #![allow(unsafe_code, reason = "fork(2) and signal handlers; each use says why it is sound")]
@@ -31,6 +33,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::ending;
 use crate::failure::{Failure, Outcome};
+use crate::guardian::{self, Hold};
 
 /// How long a worker that was asked to give up may take for it.
 const GRACE: Duration = Duration::from_secs(10);
@@ -49,6 +52,7 @@ pub struct Worker {
     pub journal: Journal,
     /// Its end of the pipe.
     _watched: OwnedFd,
+    _hold: Hold,
 }
 
 impl Worker {
@@ -119,6 +123,7 @@ pub fn split() -> Result<Side, Failure> {
     let context = |error: io::Error| Failure::from(error).context("cannot watch over the work");
     let journal = Journal::new().map_err(|errno| context(errno.into()))?;
     let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC).map_err(|errno| context(errno.into()))?;
+    let pipe = guardian::Pipe::new().map_err(|errno| context(errno.into()))?;
     let watched = Watched::block().map_err(|errno| context(errno.into()))?;
     // SAFETY: this process has no other thread yet, so the child may do whatever this process may.
     match unsafe { fork() }.map_err(|errno| context(errno.into()))? {
@@ -127,17 +132,23 @@ pub fn split() -> Result<Side, Failure> {
             // Before the handlers that tell it are installed.
             let cancel = ending::cancel();
             become_worker(&theirs, &watched).map_err(|errno| context(errno.into()))?;
-            Ok(Side::Worker(Worker { cancel, journal, _watched: theirs }))
+            let _hold = pipe.hold(journal.clone());
+            Ok(Side::Worker(Worker { cancel, journal, _watched: theirs, _hold }))
         }
         ForkResult::Parent { child } => {
             drop(theirs);
+            // The guardian must not keep this end open: the worker gives up when it is closed.
+            let mut ours = Some(ours);
+            let guardian = pipe.start(journal.clone(), &mut || drop(ours.take()));
             let ended = watched.wait_for(child).map_err(|errno| context(errno.into()))?;
             drop(ours);
-            Ok(Side::Watcher(match ended {
+            let end = match ended {
                 WaitStatus::Signaled(_, signal, _) => End::Killed(signal, journal.repair()),
                 WaitStatus::Exited(_, status) => End::Exited(u8::try_from(status).unwrap_or(u8::MAX)),
                 _ => End::Exited(u8::MAX),
-            }))
+            };
+            guardian.dismiss();
+            Ok(Side::Watcher(end))
         }
     }
 }

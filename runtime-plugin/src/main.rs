@@ -25,6 +25,7 @@ mod generate;
 #[cfg(feature = "oci")]
 mod go_flags;
 mod guard;
+mod guardian;
 mod janitor;
 #[cfg(feature = "oci")]
 mod launch;

@@ -25,6 +25,10 @@ pub enum Whom {
     Known,
     /// The process that it has started to do the work, if there is one yet.
     Worker,
+    /// Both at once, in either order.
+    Both,
+    /// These and the one that would put right what they leave. Not every victim survives that: it is for counting.
+    All,
 }
 
 /// What to do.
@@ -52,7 +56,9 @@ impl Plan {
         let whom = match given("FERRY_TORTURE_WHOM").as_deref() {
             None | Some("known") => Whom::Known,
             Some("worker") => Whom::Worker,
-            Some(other) => return Err(format!("FERRY_TORTURE_WHOM={other}: known or worker is wanted")),
+            Some("both") => Whom::Both,
+            Some("all") => Whom::All,
+            Some(other) => return Err(format!("FERRY_TORTURE_WHOM={other}: known, worker, both or all is wanted")),
         };
         Ok(Self { dumps: number("FERRY_TORTURE", 20)? as u32, seed: number("FERRY_TORTURE_SEED", clock)?, whom })
     }
@@ -182,11 +188,18 @@ fn one(
             std::thread::sleep(left - Duration::from_micros(100));
         }
     }
-    let target = match whom {
-        Whom::Known => Some(ferry.id() as i32),
-        Whom::Worker => processes::tree(ferry.id() as i32).get(1).copied(),
+    let known = ferry.id() as i32;
+    let worker = || processes::tree(known).get(1).copied();
+    let mut targets = match whom {
+        Whom::Known => vec![known],
+        Whom::Worker => worker().into_iter().collect(),
+        Whom::Both => worker().into_iter().chain([known]).collect(),
+        Whom::All => processes::tree(known),
     };
-    if let Some(target) = target.and_then(Pid::from_raw) {
+    if number % 4 >= 2 {
+        targets.reverse();
+    }
+    for target in targets.into_iter().filter_map(Pid::from_raw) {
         // It may have ended by itself.
         let _ = kill_process(target, Signal::KILL);
     }

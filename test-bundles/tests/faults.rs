@@ -18,6 +18,9 @@ const VICTIM: &str = "survivor";
 /// Points at which the images are complete: the dump cannot fail any more, and the tree is ended.
 const COMPLETE: [&str; 3] = ["dump-after-save", "dump-before-finish", "dump-after-finish"];
 
+/// What only a pre-dump meets.
+const OF_PRE_DUMPS: &str = "dump-descriptor";
+
 /// The points of a dump.
 fn points() -> Outcome<Vec<String>> {
     let listed = programs::succeed(Command::new(programs::ferry()?).args(["criu", "--list-faults"]))?;
@@ -58,7 +61,7 @@ fn is_empty(folder: &Path) -> Outcome {
 fn matrix(action: &str) -> Outcome {
     let (place, engine) = (Place::new()?, Engine::ferry()?);
     let mut victim = Victim::start(&place, VICTIM)?;
-    for point in points()?.iter().filter(|point| !COMPLETE.contains(&point.as_str())) {
+    for point in points()?.iter().filter(|point| !COMPLETE.contains(&point.as_str()) && *point != OF_PRE_DUMPS) {
         let at = |error: String| format!("{point}={action}: {error}");
         let images = victim.images()?;
         let (status, told) = dump(&place, victim.workload.pid, &images, &["--fault", &format!("{point}={action}")])?;
@@ -73,6 +76,29 @@ fn matrix(action: &str) -> Outcome {
         }
         victim.round_trip(&engine).map_err(|error| at(format!("afterwards: {error}")))?;
     }
+    victim.end()
+}
+
+/// The points of a pre-dump at which something of it is in the processes, that of the userfaultfd twice: in the first process and in the
+/// second.
+fn pre_dump(action: &str) -> Outcome {
+    let (place, engine) = (Place::new()?, Engine::ferry()?);
+    let mut victim = Victim::start(&place, VICTIM)?;
+    let second = format!("{OF_PRE_DUMPS}:2");
+    for point in ["dump-mapping", "dump-area", OF_PRE_DUMPS, &second, "dump-unmapping", "dump-left", "dump-pages"] {
+        let at = |error: String| format!("{point}={action}: {error}");
+        let images = victim.images()?;
+        let mut command = engine.command(&place, "pre-dump", &images, &place.path("dump.log").to_string_lossy());
+        command.args(["-t", &victim.workload.pid.to_string(), "--fault", &format!("{point}={action}")]);
+        let output = programs::run(&mut command)?;
+        if output.status.success() {
+            return Err(at("the pre-dump succeeded: was the point not met?".to_owned()));
+        }
+        victim.alone().map_err(at)?;
+        victim.unharmed().map_err(at)?;
+        is_empty(&images).map_err(at)?;
+    }
+    victim.round_trip(&engine)?;
     victim.end()
 }
 
@@ -397,9 +423,10 @@ fn main() {
     // A test adopts and reaps orphans: one at a time in a process.
     arguments.test_threads = Some(1);
     let mut trials = Vec::new();
-    for action in ["error", "kill", "kill-parent"] {
+    for action in ["error", "kill", "kill-parent", "kill-both"] {
         trials.push(Trial::test(format!("every_point::{action}"), move || matrix(action).map_err(Into::into)));
         trials.push(Trial::test(format!("complete::{action}"), move || complete(action).map_err(Into::into)));
+        trials.push(Trial::test(format!("pre_dump::{action}"), move || pre_dump(action).map_err(Into::into)));
         trials.push(Trial::test(format!("container::{action}"), move || container(action).map_err(Into::into)));
     }
     for (signal, name) in [(Signal::TERM, "SIGTERM"), (Signal::INT, "SIGINT"), (Signal::HUP, "SIGHUP")] {
@@ -415,5 +442,8 @@ fn main() {
     plain("target_dies", target_dies);
     plain("target_changes", target_changes);
     plain("torture", || torture::torture(&torture::Plan::of_environment()?));
+    plain("torture_both", || {
+        torture::torture(&torture::Plan { whom: torture::Whom::Both, ..torture::Plan::of_environment()? })
+    });
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -360,6 +360,13 @@ impl<'a> Injected<'a> {
         &self.runners[0]
     }
 
+    /// Notes the number that a userfaultfd will have which the leader is to make, or that it is closed again.
+    pub fn note_userfaultfd(&self, number: Option<u32>) {
+        if let Some((journal, note)) = self.overseer.journal.zip(self.note) {
+            journal.userfaultfd(note, number);
+        }
+    }
+
     /// All runners, the leader's first.
     pub fn runners(&self) -> impl Iterator<Item = &Runner> {
         self.runners.iter()

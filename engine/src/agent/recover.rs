@@ -14,7 +14,7 @@ use nix::errno::Errno;
 
 use super::arch;
 use super::inject::call_once;
-use crate::journal::{AreaNote, Changed, ThreadNote};
+use crate::journal::{AreaNote, Changed, Place, ThreadNote};
 use crate::procfs;
 use crate::sys::HostPid;
 use crate::sys::ptrace;
@@ -37,12 +37,15 @@ pub(crate) enum RecoverError {
     Stop { tid: HostPid, errno: Errno },
     #[error("thread {tid} cannot be given its registers back: {errno}")]
     Registers { tid: HostPid, errno: Errno },
+    #[error("the userfaultfd {number} that ferry had it make cannot be closed: {source}")]
+    Close { number: u32, source: super::AgentError },
     #[error("{} bytes of ferry's memory cannot be unmapped at {:x}: {source}", .range.end - .range.start, .range.start)]
     Unmap { range: std::ops::Range<u64>, source: super::AgentError },
 }
 
-/// Puts one process right.
-pub(crate) fn recover(area: &AreaNote, notes: &[ThreadNote]) -> Result<(), RecoverError> {
+/// Puts one process right. `done` is told each note of a thread that is its own self again, before the thread runs on: what it
+/// changes from then on is not to be put back.
+pub(crate) fn recover(area: &AreaNote, notes: &[ThreadNote], done: &dyn Fn(Place)) -> Result<(), RecoverError> {
     let mut stopped = Stopped(Vec::new());
     let deadline = Instant::now() + PATIENCE;
     for tid in procfs::threads(area.leader).map_err(RecoverError::List)? {
@@ -57,14 +60,26 @@ pub(crate) fn recover(area: &AreaNote, notes: &[ThreadNote]) -> Result<(), Recov
     for note in notes.iter().filter(|note| stopped.0.contains(&note.tid)) {
         let failed = |errno| RecoverError::Registers { tid: note.tid, errno };
         put_right(&mut area, note).map_err(failed)?;
+        done(note.place);
     }
     // A leader that has exited while its threads run on runs nothing any more.
-    match stopped.0.iter().find(|tid| !is_zombie(**tid)) {
-        Some(tid) if is_mapped(&area) => {
-            unmap(*tid, &area).map_err(|source| RecoverError::Unmap { range: area.range.clone(), source })
-        }
-        _ => Ok(()),
+    let Some(tid) = stopped.0.iter().find(|tid| !is_zombie(**tid)) else { return Ok(()) };
+    if let Some(number) = area.userfaultfd.filter(|number| is_userfaultfd(area.leader, *number)) {
+        call(*tid, &area, libc::SYS_close, [number.into(), 0, 0, 0, 0, 0])
+            .map_err(|source| RecoverError::Close { number, source })?;
     }
+    if is_mapped(&area) {
+        let (start, len) = (area.range.start, area.range.end - area.range.start);
+        call(*tid, &area, libc::SYS_munmap, [start, len, 0, 0, 0, 0])
+            .map_err(|source| RecoverError::Unmap { range: area.range.clone(), source })?;
+    }
+    Ok(())
+}
+
+/// Whether the process has a userfaultfd by this number. It had no descriptor there before ferry's.
+fn is_userfaultfd(pid: HostPid, number: u32) -> bool {
+    std::fs::read_link(format!("/proc/{pid}/fd/{number}"))
+        .is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
 }
 
 fn stop(tid: HostPid, deadline: Instant) -> nix::Result<()> {
@@ -123,13 +138,13 @@ fn is_mapped(area: &AreaNote) -> bool {
         .is_ok_and(|maps| maps.lines().any(|it| it.starts_with(&line)))
 }
 
-fn unmap(tid: HostPid, area: &AreaNote) -> Result<(), super::AgentError> {
+/// Has a thread, which is its own self, make a call.
+fn call(tid: HostPid, area: &AreaNote, number: i64, arguments: [u64; 6]) -> Result<(), super::AgentError> {
     let failed = |step| move |errno| super::AgentError::Inject { tid, step, errno };
     let registers = ptrace::registers(tid).map_err(failed("read its registers"))?;
     let mask = ptrace::signal_mask(tid).map_err(failed("read its signal mask"))?;
     let at = area.foothold.syscall_at;
-    let arguments = [area.range.start, area.range.end - area.range.start, 0, 0, 0, 0];
-    let called = call_once(tid, &registers, at, libc::SYS_munmap, arguments);
+    let called = call_once(tid, &registers, at, number, arguments);
     let back = ptrace::set_registers(tid, &registers).and_then(|()| ptrace::set_signal_mask(tid, mask));
     called.map(drop)?;
     back.map_err(failed("put back its registers"))

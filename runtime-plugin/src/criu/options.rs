@@ -229,7 +229,7 @@ pub struct Options {
     /// Where CRIU looks for plugins
     #[arg(short = 'L', long, value_name = "DIR")]
     pub libdir: Option<PathBuf>,
-    /// Let something go wrong, for tests: `POINT[:N]=error|kill|kill-parent|delay:MILLISECONDS`
+    /// Let something go wrong, for tests: `POINT[:N]=error|kill|kill-parent|kill-both|ask|delay:MILLISECONDS`
     #[arg(long, value_name = "FAULT", hide = true, action = ArgAction::Append)]
     pub fault: Vec<Fault>,
     /// Print the names of all points for --fault
