@@ -66,6 +66,7 @@ fn groups() -> Vec<&'static [Workload]> {
         workloads!(signals: signal_actions, signal_mask, signals_pending, signals_pending_thread, signal_stack_in_use),
         workloads!(timers: itimer_real, itimer_virtual, itimer_prof, timers_posix, timer_overrun, timers_firing, clocks),
         workloads!(credentials: user_ids, capabilities, securebits, no_new_privs, keep_capabilities),
+        credentials::WORKLOADS,
         workloads!(task: resource_limits, nice, sched_batch, sched_idle, sched_fifo, affinity, personality, names),
         workloads!(task: umask, working_directory, deleted_working_directory, root_directory, executable, proc_files),
         workloads!(task: oom_score, dumpable, parent_death_signal, timer_slack, child_subreaper, io_priority),
