@@ -70,7 +70,7 @@ fn groups() -> Vec<&'static [Workload]> {
         workloads!(task: resource_limits, nice, sched_batch, sched_idle, sched_fifo, affinity, personality, names),
         workloads!(task: umask, working_directory, deleted_working_directory, root_directory, executable, proc_files),
         workloads!(task: oom_score, dumpable, parent_death_signal, timer_slack, child_subreaper, io_priority),
-        workloads!(seccomp: seccomp_strict, seccomp_filter, seccomp_two_filters),
+        workloads!(seccomp: seccomp_strict, seccomp_filter, seccomp_two_filters, seccomp_threads),
         workloads!(memory: anonymous_private, anonymous_shared, heap, stack_deep, stack_growsdown, holes, zero_pages),
         workloads!(memory: protections, protected_data, many_mappings, large_memory, madvise_flags, locked, vdso_calls),
         workloads!(memory: page_content_mix),
