@@ -232,6 +232,26 @@ pub fn udp(_: &Room) -> Result<Check, Fault> {
     }))
 }
 
+/// UDP sockets that are connected to each other, one of which sends no more.
+pub fn udp_shut(_: &Room) -> Result<Check, Fault> {
+    let text = |error: std::io::Error| error.to_string();
+    let (one, other) = (UdpSocket::bind("127.0.0.1:0").map_err(text)?, UdpSocket::bind("127.0.0.1:0").map_err(text)?);
+    one.connect(other.local_addr().map_err(text)?).map_err(text)?;
+    other.connect(one.local_addr().map_err(text)?).map_err(text)?;
+    sys!(shutdown(one.as_raw_fd(), libc::SHUT_WR))?;
+    sys!(shutdown(other.as_raw_fd(), libc::SHUT_RD))?;
+    Ok(Box::new(move || {
+        other.send(b"datagram").map_err(text)?;
+        let mut bytes = [0u8; 20];
+        same!("length of the datagram", one.recv(&mut bytes).map_err(text)?, 8);
+        let sent = one.send(b"more").map_err(|error| error.raw_os_error());
+        same!("sending on the socket that sends no more", sent, Err(Some(libc::EPIPE)));
+        let mut poll = libc::pollfd { fd: other.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+        same!("the socket that reads no more is ready", sys!(poll(&mut poll, 1, 0))?, 1);
+        Ok(())
+    }))
+}
+
 /// Options that images of CRIU have no place for, of a datagram socket and of a listener.
 pub fn socket_options(_: &Room) -> Result<Check, Fault> {
     let text = |error: std::io::Error| error.to_string();
