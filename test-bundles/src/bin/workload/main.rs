@@ -86,7 +86,7 @@ fn groups() -> Vec<&'static [Workload]> {
         workloads!(pipes: pipe_content, pipe_packets, pipe_size, pipe_between_processes, pipe_half_closed, fifo),
         workloads!(epoll: eventfd, eventfd_shared, epoll_set, epoll_nested, epoll_modes, signalfd, timerfd),
         workloads!(sockets: tcp_listener, tcp6_listener, unix_listener, unix_abstract_listener, unix_listener_options),
-        workloads!(sockets: unix_connected, unix_datagram, udp, udp_shut, socket_options, udp_waiting, multicast),
+        workloads!(sockets: unix_connected, unix_datagram, udp, udp_shut, socket_options, udp_waiting, multicast, unix_listener_replaced),
         workloads!(devices: devices),
         workloads!(terminals: terminal, terminal_settings, terminal_input, terminal_session, terminal_controlling),
         workloads!(terminals: terminal_hung_up, terminal_modes, terminal_outside),

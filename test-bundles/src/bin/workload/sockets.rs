@@ -156,6 +156,21 @@ pub fn unix_listener(room: &Room) -> Result<Check, Fault> {
     }))
 }
 
+/// Two listening unix sockets of one name: the file of the younger was replaced by that of the older.
+pub fn unix_listener_replaced(room: &Room) -> Result<Check, Fault> {
+    let (path, aside) = (room.path("sock"), room.path("aside"));
+    let text = |error: std::io::Error| error.to_string();
+    let older = listen_unix(libc::SOCK_STREAM | libc::SOCK_NONBLOCK, &bytes(&path), 5)?;
+    std::fs::rename(&path, &aside).map_err(text)?;
+    let younger = listen_unix(libc::SOCK_STREAM | libc::SOCK_NONBLOCK, &bytes(&path), 5)?;
+    std::fs::rename(&aside, &path).map_err(text)?;
+    Ok(Box::new(move || {
+        same!("the younger listens", option(younger, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)?, 1);
+        let client = UnixStream::connect(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        serve_one(older, client, true)
+    }))
+}
+
 /// A unix socket bound to a name of the abstract namespace.
 pub fn unix_abstract_listener(_: &Room) -> Result<Check, Fault> {
     let name = format!("ferry-workload-{}\u{0}with-zero", std::process::id());
