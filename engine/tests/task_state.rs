@@ -100,7 +100,7 @@ impl Victim {
             let ids = QueueIds { process: tid, thread: tid };
             signals::restore_queues(runner, core, ids).expect("queues");
             let wanted = seccomp::wanted(core, core, filters, tid).expect("seccomp");
-            seccomp::restore_seccomp(runner, &wanted).expect("seccomp");
+            seccomp::restore_seccomp(runner, &wanted, seccomp::Share { common: 0, leads: true }).expect("seccomp");
             let mut batch = runner.batch();
             let done = restore_identity(&mut batch, core, tid).expect("identity");
             let answers = batch.run().expect("batch");

@@ -492,7 +492,9 @@ impl RestorePlan {
         // What is being made may need numbers above the highest when all below are taken; nothing may wait there.
         let members = self.units.iter().map(|unit| unit.members.len()).max().unwrap_or(0) as u32;
         self.base = highest + 1 + members.max(self.terminals.spare()) + SPARE;
-        self.units.sort_by_key(|unit| unit.lowest);
+        // A socket whose file was deleted leaves its name to others, one that has it now among them.
+        let passes = |id: &u32| self.entries[id].usk.as_ref().is_some_and(|socket| socket.deleted == Some(true));
+        self.units.sort_by_cached_key(|unit| (!unit.members.iter().any(passes), unit.lowest));
         let mut next = self.base;
         for key in self.inherited.keys() {
             self.inherited_at.insert(key.clone(), next);

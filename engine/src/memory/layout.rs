@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::images::mm::{MmEntry, VmaEntry, vma_status};
+use crate::memory::mappings::MAP_DROPPABLE;
 use crate::sys::PAGE_SIZE;
 
 /// First address that no task maps (47 bits, arch/x86/include/asm/page_64_types.h; Linux gives higher ones only to
@@ -68,7 +69,7 @@ pub struct Mapping {
     pub offset: u64,
     /// `PROT_*`.
     pub protection: u32,
-    /// `MAP_*` beyond sharing: `MAP_GROWSDOWN`, `MAP_NORESERVE`, `MAP_HUGETLB` and its size.
+    /// `MAP_*` beyond sharing: `MAP_GROWSDOWN`, `MAP_NORESERVE`, `MAP_DROPPABLE`, `MAP_HUGETLB` and its size.
     pub flags: u32,
     /// Whether mlock(2) holds it in memory.
     pub locked: bool,
@@ -88,13 +89,15 @@ impl Mapping {
     /// `flags` of the mmap(2) that makes it, but for the placement.
     pub fn map_flags(&self) -> u32 {
         let sharing = match self.backing {
+            Backing::Anonymous if self.flags & MAP_DROPPABLE != 0 => libc::MAP_ANONYMOUS,
             Backing::Anonymous => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
             _ if self.is_private() => libc::MAP_PRIVATE,
             _ => libc::MAP_SHARED,
         };
-        // A huge page file is one by itself; the flag is for anonymous memory.
-        let huge = if self.backing == Backing::Anonymous { 0 } else { libc::MAP_HUGETLB as u32 | HUGE_SIZE };
-        sharing as u32 | self.flags & !huge
+        // A huge page file is one by itself; these flags are for anonymous memory.
+        let others =
+            if self.backing == Backing::Anonymous { 0 } else { libc::MAP_HUGETLB as u32 | HUGE_SIZE | MAP_DROPPABLE };
+        sharing as u32 | self.flags & !others
     }
 
     /// Whether `other`, in the parent, becomes part of this mapping by fork(2), wherever both overlap.
@@ -110,7 +113,8 @@ impl Mapping {
 
 /// The bits of mmap(2)'s flags that say the size of huge pages.
 const HUGE_SIZE: u32 = 0x3f << 26;
-const KEPT_FLAGS: u32 = (libc::MAP_GROWSDOWN | libc::MAP_NORESERVE | libc::MAP_HUGETLB) as u32 | HUGE_SIZE;
+const KEPT_FLAGS: u32 =
+    (libc::MAP_GROWSDOWN | libc::MAP_NORESERVE | libc::MAP_HUGETLB) as u32 | MAP_DROPPABLE | HUGE_SIZE;
 
 /// The mappings of a task.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -63,6 +63,8 @@ pub struct Mapping {
 }
 
 const MAP_HUGE_SHIFT: u32 = 26;
+/// Of mmap(2), since Linux 6.11: memory that the kernel may take away, and that takes the place of `MAP_PRIVATE`.
+pub const MAP_DROPPABLE: u32 = 0x8;
 
 /// The name of memory of the pool of huge pages: the kernel's files are deleted from the start.
 const HUGE_PAGES: &str = "/anon_hugepage (deleted)";
@@ -86,9 +88,10 @@ impl Mapping {
         (self.device, self.inode) == (other.device, other.inode) && self.name == other.name
     }
 
-    /// Whether `range` shows private pages, which `pagemap-PID.img` lists.
+    /// Whether `range` shows private pages, which `pagemap-PID.img` lists. Pages of `MAP_DROPPABLE` are none: whoever has
+    /// such memory has to expect that it is empty, and it holds what shall be nowhere else (random(4)'s state).
     pub fn has_private_pages(&self) -> bool {
-        matches!(self.kind, Kind::AnonymousPrivate | Kind::FilePrivate)
+        matches!(self.kind, Kind::AnonymousPrivate | Kind::FilePrivate) && self.flags & MAP_DROPPABLE == 0
     }
 
     /// The entry of `mm-PID.img`; `shmid` as [`VmaEntry`] defines it.
@@ -97,6 +100,7 @@ impl Mapping {
         let anonymous = libc::MAP_ANONYMOUS as u32;
         let (private, shared) = (libc::MAP_PRIVATE as u32, libc::MAP_SHARED as u32);
         let (mut status, flags) = match self.kind {
+            Kind::AnonymousPrivate if self.flags & MAP_DROPPABLE != 0 => (REGULAR | ANON_PRIVATE, anonymous),
             Kind::AnonymousPrivate => (REGULAR | ANON_PRIVATE, private | anonymous),
             Kind::AnonymousShared => (REGULAR | ANON_SHARED, shared | anonymous),
             Kind::FilePrivate => (REGULAR | FILE_PRIVATE, private),
@@ -173,6 +177,7 @@ impl Mapping {
             match flag {
                 "gd" => self.flags |= libc::MAP_GROWSDOWN as u32,
                 "lo" => self.flags |= libc::MAP_LOCKED as u32,
+                "dp" => self.flags |= MAP_DROPPABLE,
                 "nr" => self.flags |= libc::MAP_NORESERVE as u32,
                 "ht" => {
                     let shift = (page_size_kib << 10).trailing_zeros();
@@ -334,6 +339,9 @@ VmFlags: rd wr sh mr mw me ms dc lo
 7f0000200000-7f0000400000 rw-p 7f0000200 00:00 0\u{20}
 KernelPageSize:        4 kB
 VmFlags: rd wr mr mw me ac hg
+7f0000400000-7f0000402000 rw-p 00000000 00:00 0\u{20}
+KernelPageSize:        4 kB
+VmFlags: rd wr mr mw me nr wf dd dp
 7ffff7fc1000-7ffff7fc5000 r--p 00000000 00:00 0                          [vvar]
 KernelPageSize:        4 kB
 VmFlags: rd mr pf io de dd sd
@@ -348,9 +356,9 @@ VmFlags: ex
     #[test]
     fn kinds_flags_and_names() {
         let mappings = parse(SMAPS).expect("parses");
-        assert_eq!(mappings.len(), 5);
+        assert_eq!(mappings.len(), 6);
         assert_eq!(
-            (mappings[3].kind.clone(), mappings[3].range.clone()),
+            (mappings[4].kind.clone(), mappings[4].range.clone()),
             (Kind::Vvar, 0x7fff_f7fc_1000..0x7fff_f7fc_7000)
         );
         assert_eq!((mappings[0].kind.clone(), mappings[0].offset), (Kind::FilePrivate, 0x1000));
@@ -362,8 +370,10 @@ VmFlags: ex
         assert_eq!(shared.madv, Some(1 << libc::MADV_DONTFORK));
         assert_eq!((mappings[2].kind.clone(), mappings[2].offset), (Kind::AnonymousPrivate, 0));
         assert_eq!(mappings[2].dump(0).madv, Some(1 << libc::MADV_HUGEPAGE));
-        assert_eq!(mappings[3].dump(0).madv, None);
-        assert_eq!(mappings[4].kind, Kind::Vsyscall);
+        let droppable = (MAP_DROPPABLE as i32 | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u32;
+        assert_eq!((mappings[3].dump(0).flags, mappings[3].has_private_pages()), (droppable, false));
+        assert_eq!(mappings[4].dump(0).madv, None);
+        assert_eq!(mappings[5].kind, Kind::Vsyscall);
     }
 
     #[test]

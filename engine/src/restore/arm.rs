@@ -88,9 +88,14 @@ impl Restore<'_> {
             checks.iter().try_for_each(|checks| checks.verify(thread.host, &answers)).map_err(failed)?;
         }
         let mut stops = Vec::new();
+        let mut common = 0;
         for thread in &threads {
             self.live.step(RestoreStep::Batch)?;
-            if self.one_by_one(thread, &table).map_err(|error| self.named(thread.place, error))? {
+            let failed = |error| self.named(thread.place, error);
+            if thread.leads {
+                common = self.common_filters(thread.place, &table).map_err(failed)?;
+            }
+            if self.one_by_one(thread, &table, common).map_err(failed)? {
                 stops.push(thread.place);
             }
         }
@@ -116,7 +121,7 @@ impl Restore<'_> {
     }
 
     /// What few threads have, in batches of its own. Answers whether a SIGSTOP was pending.
-    fn one_by_one(&self, thread: &Armed<'_>, table: &SeccompEntry) -> Result<bool, TaskError> {
+    fn one_by_one(&self, thread: &Armed<'_>, table: &SeccompEntry, common: usize) -> Result<bool, TaskError> {
         let images = &self.checkpoint.tasks[thread.place];
         let (leader, tid) = (images.pid.0 as u32, thread.tid.0 as u32);
         if let Some(timers) = &images.process().timers {
@@ -125,8 +130,20 @@ impl Restore<'_> {
         let ids = signals::QueueIds { process: leader, thread: tid };
         let stop = signals::restore_queues(thread.runner, thread.core, ids)?;
         let wanted = seccomp::wanted(thread.core, &images.core, table, tid)?;
-        seccomp::restore_seccomp(thread.runner, &wanted)?;
+        seccomp::restore_seccomp(thread.runner, &wanted, seccomp::Share { common, leads: thread.leads })?;
         Ok(stop)
+    }
+
+    /// How many seccomp filters the threads of a process have in common.
+    fn common_filters(&self, place: usize, table: &SeccompEntry) -> Result<usize, TaskError> {
+        let images = &self.checkpoint.tasks[place];
+        let tid = images.pid.0 as u32;
+        let others = images.threads.iter().map(|thread| &thread.core);
+        let wanted: Result<Vec<_>, _> = std::iter::once(&images.core)
+            .chain(others)
+            .map(|core| seccomp::wanted(core, &images.core, table, tid))
+            .collect();
+        Ok(seccomp::common(&wanted?))
     }
 
     fn last_settings(&self, thread: &Armed<'_>) -> Result<(), TaskError> {

@@ -18,6 +18,7 @@ use crate::procfs;
 use crate::sys::clone::{CloneArguments, FirstTask, clone_into_runner};
 use crate::sys::terminal::{TIOCSCTTY, TIOCSPGRP};
 use crate::sys::{HostPid, NsPid, pidns, ptrace};
+use crate::task::identity;
 
 const RSEQ_UNREGISTER: u64 = 1;
 /// All signals, for rt_sigprocmask(2).
@@ -76,7 +77,27 @@ impl Restore<'_> {
         }
         self.die_with_parent(&mut script);
         self.forbid_huge_pages(&mut script);
-        self.live.run(vec![(0, script)]).map(drop)
+        self.live.run(vec![(0, script)])?;
+        self.restore_login_ids(&[0])
+    }
+
+    /// Gives tasks that have no children yet their login ids, which these inherit.
+    fn restore_login_ids(&self, places: &[usize]) -> Result<(), RestoreError> {
+        let recorded = |place: usize| self.checkpoint.tasks[place].process().loginuid;
+        for &place in places.iter().filter(|place| **place < self.checkpoint.tasks.len()) {
+            let live = self.live.task(place);
+            let named = |source| RestoreError::Task { pid: live.pid, comm: live.comm.clone(), source };
+            let has = identity::collect_loginuid(live.host).map_err(named)?;
+            identity::restore_loginuid(&live.runner, recorded(place), has).map_err(named)?;
+        }
+        Ok(())
+    }
+
+    /// Whether not all tasks have one login id.
+    fn login_ids_differ(&self) -> bool {
+        let mut ids = self.checkpoint.tasks.iter().map(|task| task.process().loginuid);
+        let first = ids.next();
+        ids.any(|id| Some(id) != first)
     }
 
     fn die_with_parent(&self, script: &mut Script) {
@@ -86,10 +107,14 @@ impl Restore<'_> {
 
     /// Makes all others.
     pub(super) fn make_others(&mut self) -> Result<(), RestoreError> {
+        let login_ids = self.login_ids_differ();
         for wave in 0..self.plan.tree.waves.len() {
             let births = &self.plan.tree.waves[wave];
             let places: Vec<usize> = births.iter().map(|birth| birth.task).collect();
             self.restore_memory(&places)?;
+            if login_ids {
+                self.restore_login_ids(&places)?;
+            }
             for &place in &places {
                 self.live.step(RestoreStep::Batch)?;
                 self.files.create(&self.live, place)?;

@@ -1,4 +1,5 @@
-//! What sock_diag(7) tells of local sockets that no other call does: peers, files, queue lengths, shut directions.
+//! What sock_diag(7) tells of sockets that no other call does: of local ones peers, files, queue lengths, shut directions; of
+//! UDP sockets shut directions.
 
 use std::collections::HashMap;
 use std::io;
@@ -16,6 +17,10 @@ const UNIX_DIAG_VFS: u16 = 1;
 const UNIX_DIAG_PEER: u16 = 2;
 const UNIX_DIAG_RQLEN: u16 = 4;
 const UNIX_DIAG_SHUTDOWN: u16 = 6;
+/// Size of `struct inet_diag_msg`, whose last word is the inode, and of `struct inet_diag_req_v2`.
+const INET_BODY: usize = 72;
+const INET_REQUEST: usize = 56;
+const INET_DIAG_SHUTDOWN: u16 = 8;
 
 /// One local socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,6 +82,35 @@ impl UnixSockets {
 
     /// The socket with this inode.
     pub fn get(&self, inode: u32) -> Option<UnixSocket> {
+        self.0.get(&inode).copied()
+    }
+}
+
+/// Directions in which bound or connected UDP sockets of a network namespace are shut, by inode; only those that are.
+#[derive(Debug, Default)]
+pub struct ShutSockets(HashMap<u32, u32>);
+
+impl ShutSockets {
+    /// Asks for those of one family and protocol, in the namespace that the task behind `pidfd` is in.
+    ///
+    /// # Errors
+    /// Those of setns(2) and of netlink.
+    pub fn collect(pidfd: BorrowedFd<'_>, family: i32, protocol: u32) -> io::Result<Self> {
+        let mut request = vec![0; INET_REQUEST];
+        request[..2].copy_from_slice(&[family as u8, protocol as u8]);
+        request[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
+        let messages =
+            visit(pidfd, &[NamespaceKind::Net], || Netlink::diagnostics()?.dump(SOCK_DIAG_BY_FAMILY, &request))
+                .and_then(|list| list)?;
+        let shut = |message: &Message| {
+            let shut = u32::from(*message.attribute(INET_BODY, INET_DIAG_SHUTDOWN)?.first()?);
+            (shut != 0).then_some((message.word(INET_BODY - 4)?, shut))
+        };
+        Ok(Self(messages.iter().filter_map(shut).collect()))
+    }
+
+    /// 1 if the socket with this inode reads no more, 2 if it writes no more, 3 for both; none for neither.
+    pub fn get(&self, inode: u32) -> Option<u32> {
         self.0.get(&inode).copied()
     }
 }

@@ -278,6 +278,15 @@ pub fn restore_inet(session: &mut Session<'_>, entry: &InetSkEntry, cloexec: boo
         let before = [socket.number().into()];
         session.must_around("connect it", libc::SYS_connect, &before, &address, &[address.len() as u64])?;
     }
+    if let Some(how) = entry.shutdown.filter(|how| (1..=3).contains(how)) {
+        // shutdown(2) counts from 0. Of a socket that is not connected it complains, and shuts it all the same.
+        let arguments = [socket.number().into(), how as u64 - 1];
+        if entry.state == state::ESTABLISHED {
+            session.must("shut it", libc::SYS_shutdown, &arguments)?;
+        } else {
+            session.try_call(libc::SYS_shutdown, &arguments)?;
+        }
+    }
     reuse(session, entry.opts.reuseaddr == Some(true))?;
     Ok(socket)
 }

@@ -21,11 +21,12 @@ mod queue;
 mod uncommon;
 pub(crate) mod unix;
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use diag::UnixSockets;
+use diag::{ShutSockets, UnixSockets};
 
 use crate::files::Problem;
 use crate::files::fdinfo::FdInfo;
@@ -63,6 +64,8 @@ pub(crate) struct Sockets<H> {
     root: HostPid,
     /// Multicast groups of the network namespace, read for the first socket that can be in one: most trees have none.
     groups: Option<Vec<multicast::Group>>,
+    /// UDP sockets that are shut, by family and protocol.
+    shut: HashMap<(i32, u32), ShutSockets>,
 }
 
 /// One socket, as the walk over descriptors found it.
@@ -93,6 +96,7 @@ impl<H> Sockets<H> {
             new: uncommon::NewSockets::default(),
             root,
             groups: None,
+            shut: HashMap::new(),
         })
     }
 
@@ -120,7 +124,8 @@ impl<H> Sockets<H> {
                 let kind = (family, isk.r#type as i32, isk.proto as i32);
                 let ferry = uncommon::collect(duplicate, kind, &mut self.new)
                     .map_err(|errno| Problem::unreadable("the options of a new socket", errno))?;
-                let isk = InetSkEntry { ns_id: self.namespace_id, ferry, ..isk };
+                let shutdown = self.shut_directions(&isk, family, pidfd)?;
+                let isk = InetSkEntry { ns_id: self.namespace_id, ferry, shutdown, ..isk };
                 Ok(FileEntry { isk: Some(isk.into()), ..entry(FdType::InetSk) })
             }
             libc::AF_UNIX => {
@@ -154,6 +159,26 @@ impl<H> Sockets<H> {
             }
             family => Err(unsupported(family)),
         }
+    }
+
+    /// In which directions a UDP socket is shut (shutdown(2)).
+    fn shut_directions(
+        &mut self,
+        isk: &InetSkEntry,
+        family: i32,
+        pidfd: BorrowedFd<'_>,
+    ) -> Result<Option<i32>, Problem> {
+        if isk.r#type != libc::SOCK_DGRAM as u32 {
+            return Ok(None);
+        }
+        let list = match self.shut.entry((family, isk.proto)) {
+            Entry::Occupied(list) => list.into_mut(),
+            Entry::Vacant(place) => place.insert(
+                ShutSockets::collect(pidfd, family, isk.proto)
+                    .map_err(|error| Problem::unreadable("the list of sockets", error))?,
+            ),
+        };
+        Ok(list.get(isk.ino).map(|shut| shut as i32))
     }
 
     /// The family of a socket, after a check that it is in the tree's network namespace.

@@ -258,14 +258,16 @@ pub fn restore_memory_flags(batch: &mut Batch<'_>, dumpable: Option<i32>, thp_di
     }
 }
 
-/// Changes a process's login id, if ferry's own, which it inherits, is another; in batches of its own.
+/// Changes a process's login id, if the one that it has inherited, its maker's, is another; in batches of its own.
 ///
-/// Only the process itself may write it, so this comes while it still has ferry's `/proc`.
+/// Only the process itself may write it, through the `/proc` that it sees: for the root this comes while that is ferry's.
+/// An id that is set already takes `CAP_AUDIT_CONTROL` over the whole machine to change, and kernels can be told to keep it
+/// for good: then the process keeps its maker's, with a warning, since only the audit log shows it.
 ///
 /// # Errors
-/// [`TaskError::Restore`], `EPERM` when the kernel keeps login ids for good.
-pub fn restore_loginuid(runner: &Runner, wanted: Option<u32>, ferrys: Option<u32>) -> Result<(), TaskError> {
-    let Some(wanted) = wanted.filter(|wanted| ferrys.is_some_and(|ferrys| ferrys != *wanted)) else { return Ok(()) };
+/// [`TaskError::Restore`].
+pub fn restore_loginuid(runner: &Runner, wanted: Option<u32>, has: Option<u32>) -> Result<(), TaskError> {
+    let Some(wanted) = wanted.filter(|wanted| has.is_some_and(|has| has != *wanted)) else { return Ok(()) };
     let what = format!("login id {wanted}");
     let mut batch = runner.batch();
     let mut checks = Checks::default();
@@ -276,12 +278,18 @@ pub fn restore_loginuid(runner: &Runner, wanted: Option<u32>, ferrys: Option<u32
     checks.verify(runner.tid(), &answers)?;
     let file = answers.value(open)?;
     let mut batch = runner.batch();
-    let mut checks = Checks::default();
     let text = wanted.to_string();
     let bytes = batch.bytes(text.as_bytes()).0;
-    checks.call(&mut batch, what, libc::SYS_write, &[file, bytes, text.len() as u64]);
+    let write = batch.call(libc::SYS_write, &[file, bytes, text.len() as u64]);
     batch.call(libc::SYS_close, &[file]);
-    checks.verify(runner.tid(), &batch.run()?)
+    match batch.run()?.result(write) {
+        Ok(_) => Ok(()),
+        Err(Errno::EPERM) => {
+            tracing::warn!(tid = %runner.tid(), wanted, "the kernel does not let the login id be changed: it stays ferry's");
+            Ok(())
+        }
+        Err(errno) => Err(TaskError::Restore { tid: runner.tid(), what, errno }),
+    }
 }
 
 /// Sets `/proc/PID/oom_score_adj` of a restored process from outside, if it differs.

@@ -5,6 +5,10 @@
 //! container have the same chain. Installing one needs `CAP_SYS_ADMIN` or `no_new_privs`: before credentials. A restored
 //! thread must be traced with `PTRACE_O_SUSPEND_SECCOMP` meanwhile, since a filter would hold for the runner too.
 //!
+//! `SECCOMP_FILTER_FLAG_TSYNC` gives a filter to all threads of a process at once, if what each of them has is a part of
+//! what the caller has: the same filters, not equal ones. So threads get as one what is equal in all their chains, or a
+//! program could not do that any more after a restore. (Which filters of two threads are the same the kernel does not tell.)
+//!
 //! The image holds each chain oldest first, with every filter naming the one before it.
 
 use std::collections::HashMap;
@@ -148,11 +152,31 @@ fn find(core: &CoreEntry, table: &SeccompEntry, tid: u32) -> Result<Wanted, Task
     Ok(Wanted::Filters(chain))
 }
 
+/// How many filters, from the oldest, all threads of a process are to have in common; none if it has but one thread.
+pub fn common<'a>(threads: impl IntoIterator<Item = &'a Wanted>) -> usize {
+    let mut chains = threads.into_iter().map(|wanted| match wanted {
+        Wanted::Filters(filters) => filters.as_slice(),
+        Wanted::Disabled | Wanted::Strict => &[],
+    });
+    let Some(first) = chains.next() else { return 0 };
+    let equal = |other: &[Filter]| first.iter().zip(other).take_while(|(one, another)| one == another).count();
+    chains.map(equal).min().unwrap_or(0)
+}
+
+/// What of a process's filters a thread installs.
+#[derive(Clone, Copy, Debug)]
+pub struct Share {
+    /// As [`common`] counts.
+    pub common: usize,
+    /// Whether it is the one that installs these, for all; it has to come first.
+    pub leads: bool,
+}
+
 /// Puts the runner's thread into the mode wanted, in batches of its own: a chain may be larger than a slot.
 ///
 /// # Errors
 /// [`TaskError::Restore`]; [`AgentError::Full`] for a filter that no slot holds.
-pub fn restore_seccomp(runner: &Runner, wanted: &Wanted) -> Result<(), TaskError> {
+pub fn restore_seccomp(runner: &Runner, wanted: &Wanted, share: Share) -> Result<(), TaskError> {
     match wanted {
         Wanted::Disabled => Ok(()),
         Wanted::Strict => {
@@ -162,14 +186,15 @@ pub fn restore_seccomp(runner: &Runner, wanted: &Wanted) -> Result<(), TaskError
             checks.verify(runner.tid(), &batch.run()?)
         }
         Wanted::Filters(filters) => {
-            let mut rest = filters.as_slice();
-            while !rest.is_empty() {
+            let common = share.common.min(filters.len());
+            let mut place = if share.leads { 0 } else { common };
+            while place < filters.len() {
                 let mut batch = runner.batch();
                 let mut checks = Checks::default();
-                let mut taken = 0;
-                for filter in rest {
+                let first = place;
+                for filter in &filters[first..] {
                     let needed = filter.program.len() + 64 + 2 * crate::agent::Batch::CALL_BYTES;
-                    if taken > 0 && batch.room() < needed {
+                    if place > first && batch.room() < needed {
                         break;
                     }
                     if batch.room() < needed {
@@ -178,12 +203,13 @@ pub fn restore_seccomp(runner: &Runner, wanted: &Wanted) -> Result<(), TaskError
                     let program = batch.bytes(&filter.program).0;
                     let instructions = (filter.program.len() / INSTRUCTION) as u64;
                     let fprog = batch.bytes([instructions, program].map(u64::to_ne_bytes).as_flattened()).0;
-                    let arguments = [SECCOMP_SET_MODE_FILTER, u64::from(filter.flags), fprog];
-                    checks.call(&mut batch, "seccomp filter", libc::SYS_seccomp, &arguments);
-                    taken += 1;
+                    let for_all = if place < common { FLAG_TSYNC } else { 0 };
+                    let arguments = [SECCOMP_SET_MODE_FILTER, u64::from(filter.flags | for_all), fprog];
+                    // Where a thread cannot follow, the answer is its number.
+                    checks.call_returns(&mut batch, "seccomp filter", libc::SYS_seccomp, &arguments, 0);
+                    place += 1;
                 }
                 checks.verify(runner.tid(), &batch.run()?)?;
-                rest = &rest[taken..];
             }
             Ok(())
         }
@@ -230,6 +256,15 @@ mod tests {
             assert!(matches!(wanted(&damaged, &damaged, &table, 1), Err(TaskError::Image { .. })), "{place}");
         }
         assert!(wanted(&core(9, None), &core(0, None), &table, 1).is_err());
+    }
+
+    #[test]
+    fn what_all_threads_have_in_common_is_counted_from_the_oldest() {
+        let chain = |bytes: &[u8]| Wanted::Filters(bytes.iter().copied().map(filter).collect());
+        assert_eq!(common(&[chain(&[1, 2])]), 0, "one thread shares with nobody");
+        assert_eq!(common(&[chain(&[1, 2]), chain(&[1, 2])]), 2);
+        assert_eq!(common(&[chain(&[1, 2, 3]), chain(&[1, 2]), chain(&[1, 4, 3])]), 1);
+        assert_eq!(common(&[chain(&[1]), Wanted::Disabled]), 0);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Credentials (credentials(7), capabilities(7)): ids, capability sets, securebits, no_new_privs.
 
+use crate::Workload;
 use crate::room::{Check, Room, ask_all};
 use crate::sys::{Fault, ensure, raw, same, sys, text};
 
@@ -102,6 +103,35 @@ pub fn no_new_privs(room: &Room) -> Result<Check, Fault> {
     })?;
     Ok(ask_all(vec![with, without]))
 }
+
+/// The login id that audit(7) shows, of a process and of its child another.
+fn login_id(room: &Room) -> Result<Check, Fault> {
+    const FILE: &str = "/proc/self/loginuid";
+    let set = |id: &str| std::fs::write(FILE, id).map_err(|error| format!("{FILE}: {error}"));
+    let child = room.child("other", |_| {
+        set("1234")?;
+        Ok(Box::new(|| {
+            same!("login id of the child", crate::sys::text(FILE)?, "1234");
+            Ok(())
+        }))
+    })?;
+    set("4321")?;
+    Ok(Box::new(move || {
+        same!("login id", crate::sys::text(FILE)?, "4321");
+        child.ask()
+    }))
+}
+
+/// The workload that needs a kernel with audit(8), and the right to change a login id.
+pub const WORKLOADS: &[Workload] = &[Workload {
+    name: "login_id",
+    setup: login_id,
+    missing: || {
+        let file = "/proc/self/loginuid";
+        let own = std::fs::read_to_string(file).and_then(|id| std::fs::write(file, id.trim()));
+        own.err().map(|error| format!("login ids cannot be set here: {error}"))
+    },
+}];
 
 /// PR_SET_KEEPCAPS.
 pub fn keep_capabilities(room: &Room) -> Result<Check, Fault> {

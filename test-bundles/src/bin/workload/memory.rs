@@ -441,8 +441,33 @@ fn transparent_huge_pages(_: &Room) -> Result<Check, Fault> {
     }))
 }
 
-/// The workloads that need huge pages.
+/// mmap(2), Linux 6.11: `MAP_DROPPABLE`.
+const DROPPABLE: i32 = 0x8 | libc::MAP_ANONYMOUS;
+
+/// Memory that the kernel may take away, which stays such: what was in it is there or gone.
+fn droppable(_: &Room) -> Result<Check, Fault> {
+    let memory = map(2 * PAGE, READ_WRITE, DROPPABLE)?;
+    fill(memory, &pattern(41, PAGE));
+    Ok(Box::new(move || {
+        let flags = smaps_field(memory, "VmFlags")?;
+        ensure!(flags.split(' ').any(|each| each == "dp"), "the mapping lost dp: {flags}");
+        if holds("what was not written", memory, &[0; PAGE]).is_err() {
+            holds("what was written", memory, &pattern(41, PAGE))?;
+        }
+        holds("what was not written", memory + PAGE, &[0; PAGE])
+    }))
+}
+
+/// The workloads that not every kernel can run.
 pub const WORKLOADS: &[Workload] = &[
+    Workload {
+        name: "droppable",
+        setup: droppable,
+        missing: || match map(PAGE, READ_WRITE, DROPPABLE) {
+            Ok(_) => None,
+            Err(_) => Some("the kernel has no droppable memory (Linux 6.11)".to_owned()),
+        },
+    },
     Workload {
         name: "huge_pages",
         setup: huge_pages,

@@ -2,6 +2,7 @@
 
 use crate::room::{Check, Room, ask_all, fork};
 use crate::sys::{Fault, ensure, errno, raw, same, status_field, sys};
+use std::sync::mpsc::channel;
 
 /// A process in strict mode can only read, write and end: it echoes bytes from one pipe to another.
 pub fn seccomp_strict(_: &Room) -> Result<Check, Fault> {
@@ -95,4 +96,38 @@ pub fn seccomp_filter(room: &Room) -> Result<Check, Fault> {
 /// Two filters, one with SECCOMP_FILTER_FLAG_LOG, in a process that kept its privileges.
 pub fn seccomp_two_filters(room: &Room) -> Result<Check, Fault> {
     filtered(room, &[(libc::SYS_sethostname, 111, 0), (libc::SYS_swapon, 99, 2)], false)
+}
+
+/// Threads that have one filter in common: one of them can still give all another (SECCOMP_FILTER_FLAG_TSYNC).
+pub fn seccomp_threads(room: &Room) -> Result<Check, Fault> {
+    const FOR_ALL: u32 = 1;
+    let calls = [libc::SYS_sethostname, libc::SYS_swapon];
+    let child = room.child("threads", |_| {
+        sys!(prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+        forbid(calls[0], 111, 0)?;
+        let (ask, asked) = channel::<libc::c_long>();
+        let (answer, answered) = channel();
+        std::thread::spawn(move || {
+            for number in asked {
+                // SAFETY: the filter answers before the kernel looks at an argument; without one the call fails as well.
+                let result = unsafe { libc::syscall(number, -1, 0, 0, 0) };
+                let _ = answer.send((result, errno()));
+            }
+        });
+        let mut rounds = 0;
+        Ok(Box::new(move || {
+            // The first of the checks is before the dump; from then on each adds one for all.
+            rounds += 1;
+            if rounds > 1 {
+                forbid(calls[1], 112, FOR_ALL)?;
+            }
+            for (number, error) in calls.into_iter().zip([111, 112]).take(rounds.min(2)) {
+                ask.send(number).map_err(|error| error.to_string())?;
+                let got = answered.recv().map_err(|error| error.to_string())?;
+                same!(format!("answer of call {number} in the other thread"), got, (-1, error));
+            }
+            Ok(())
+        }))
+    })?;
+    Ok(ask_all(vec![child]))
 }

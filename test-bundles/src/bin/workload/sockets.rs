@@ -156,6 +156,21 @@ pub fn unix_listener(room: &Room) -> Result<Check, Fault> {
     }))
 }
 
+/// Two listening unix sockets of one name: the file of the younger was replaced by that of the older.
+pub fn unix_listener_replaced(room: &Room) -> Result<Check, Fault> {
+    let (path, aside) = (room.path("sock"), room.path("aside"));
+    let text = |error: std::io::Error| error.to_string();
+    let older = listen_unix(libc::SOCK_STREAM | libc::SOCK_NONBLOCK, &bytes(&path), 5)?;
+    std::fs::rename(&path, &aside).map_err(text)?;
+    let younger = listen_unix(libc::SOCK_STREAM | libc::SOCK_NONBLOCK, &bytes(&path), 5)?;
+    std::fs::rename(&aside, &path).map_err(text)?;
+    Ok(Box::new(move || {
+        same!("the younger listens", option(younger, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)?, 1);
+        let client = UnixStream::connect(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        serve_one(older, client, true)
+    }))
+}
+
 /// A unix socket bound to a name of the abstract namespace.
 pub fn unix_abstract_listener(_: &Room) -> Result<Check, Fault> {
     let name = format!("ferry-workload-{}\u{0}with-zero", std::process::id());
@@ -228,6 +243,26 @@ pub fn udp(_: &Room) -> Result<Check, Fault> {
         socket.send_to(b"datagram", address).map_err(|error| error.to_string())?;
         let mut bytes = [0u8; 20];
         same!("length of the datagram", socket.recv(&mut bytes).map_err(|error| error.to_string())?, 8);
+        Ok(())
+    }))
+}
+
+/// UDP sockets that are connected to each other, one of which sends no more.
+pub fn udp_shut(_: &Room) -> Result<Check, Fault> {
+    let text = |error: std::io::Error| error.to_string();
+    let (one, other) = (UdpSocket::bind("127.0.0.1:0").map_err(text)?, UdpSocket::bind("127.0.0.1:0").map_err(text)?);
+    one.connect(other.local_addr().map_err(text)?).map_err(text)?;
+    other.connect(one.local_addr().map_err(text)?).map_err(text)?;
+    sys!(shutdown(one.as_raw_fd(), libc::SHUT_WR))?;
+    sys!(shutdown(other.as_raw_fd(), libc::SHUT_RD))?;
+    Ok(Box::new(move || {
+        other.send(b"datagram").map_err(text)?;
+        let mut bytes = [0u8; 20];
+        same!("length of the datagram", one.recv(&mut bytes).map_err(text)?, 8);
+        let sent = one.send(b"more").map_err(|error| error.raw_os_error());
+        same!("sending on the socket that sends no more", sent, Err(Some(libc::EPIPE)));
+        let mut poll = libc::pollfd { fd: other.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+        same!("the socket that reads no more is ready", sys!(poll(&mut poll, 1, 0))?, 1);
         Ok(())
     }))
 }
