@@ -37,6 +37,12 @@ pub fn for_dump(options: &Options, dump: &mut DumpOptions) -> Result<(), Failure
             dump.files.external.insert(external);
         }
     }
+    for inode in options.ext_unix_sk.iter().flat_map(|list| list.split(',')).filter(|inode| !inode.is_empty()) {
+        let inode: u32 = inode
+            .parse()
+            .map_err(|_| Failure::new(format!("--ext-unix-sk {inode}: the number of a socket's inode is wanted")))?;
+        dump.files.external.insert(format!("socket[{inode}]"));
+    }
     dump.namespaces.skipped_mounts = options.skip_mnt.clone();
     dump.files.skipped_mounts = options.skip_mnt.clone();
     let NamespaceOptions { found_mounts, .. } = &mut dump.namespaces;
@@ -181,6 +187,10 @@ mod tests {
         assert_eq!(found(&["dump", "-M", "auto"]), Some(FindMounts::default()));
         let both = Some(FindMounts { masters: true, sharing: true });
         assert_eq!(found(&["dump", "--external", "mnt[]:s", "--enable-external-masters"]), both);
+        let mut dump = DumpOptions::default();
+        for_dump(&parse(&["dump", "-x", "--ext-unix-sk=12,13"]), &mut dump).expect("numbers");
+        assert_eq!(dump.files.external, ["socket[12]".to_owned(), "socket[13]".to_owned()].into());
+        assert!(for_dump(&parse(&["dump", "--ext-unix-sk=a"]), &mut DumpOptions::default()).is_err());
         for external in ["dev[8/1]:x", "unix[12]", "veth[a]:b", "macvlan[a]:b"] {
             assert!(for_dump(&parse(&["dump", "--external", external]), &mut DumpOptions::default()).is_err());
         }
