@@ -210,6 +210,10 @@ impl Mapping {
 }
 
 fn classify(name: &str, shared: bool, inode: u64) -> Kind {
+    // Its inode is its identifier, which is 0 for the first (ipc/shm.c).
+    if name.starts_with("/SYSV") && name.ends_with(" (deleted)") {
+        return Kind::Unsupported("it is a System V segment, which cannot be saved yet");
+    }
     if inode == 0 {
         return match name {
             "[vdso]" => Kind::Vdso,
@@ -224,9 +228,6 @@ fn classify(name: &str, shared: bool, inode: u64) -> Kind {
         return Kind::Unsupported(
             "it shows an object of the kernel (io_uring, perf, bpf …), which cannot be saved yet",
         );
-    }
-    if name.starts_with("/SYSV") && name.ends_with(" (deleted)") {
-        return Kind::Unsupported("it is a System V segment, which cannot be saved yet");
     }
     if name.starts_with("/memfd:") {
         return Kind::Unsupported("it is a mapped memfd, which cannot be saved yet");
@@ -382,6 +383,8 @@ VmFlags: ex
             assert!(matches!(classify(name, true, 7), Kind::Unsupported(_)), "{name}");
         }
         assert_eq!(classify("/tmp/memfd:x", true, 7), Kind::FileShared);
+        let first = classify("/SYSV00000000 (deleted)", true, 0);
+        assert!(matches!(first, Kind::Unsupported(problem) if problem.contains("System V")));
     }
 
     #[test]
